@@ -1,0 +1,1 @@
+"""Commands that meet files, the Hub, Accelerate and plots."""

@@ -1,0 +1,63 @@
+"""Networks to latents and back: a SANE model and its tokenizer on the networks of one layout."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modeling_sane import SaneModel
+from tokenization_sane import CheckpointLayout, SaneWeightTokenizer
+
+
+class Codec:
+    """Encodes and decodes many networks of one layout, a chunk at a time, without gradients.
+
+    Args:
+        model ([`SaneModel`]): in eval mode.
+        tokenizer ([`SaneWeightTokenizer`]): the model's own.
+        layout ([`CheckpointLayout`]): of the networks; it is cut as the tokenizer does.
+        chunk_size (`int`): networks at a time.
+    """
+
+    def __init__(self, model: SaneModel, tokenizer: SaneWeightTokenizer, layout: CheckpointLayout, chunk_size: int = 64):
+        if model.config.token_size != tokenizer.token_size:
+            raise ValueError(
+                f"the model reads tokens of {model.config.token_size} values, the tokenizer makes tokens of "
+                f"{tokenizer.token_size}; load both from one folder."
+            )
+        self.model, self.tokenizer, self.chunk_size = model, tokenizer, chunk_size
+        self.layout = layout.repack(tokenizer.token_size, tokenizer.packing)
+        self.mean, self.std = tokenizer.token_statistics(self.layout)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, layout: CheckpointLayout) -> "Codec":
+        """Load model and tokenizer from a folder or a Hub repository."""
+        model = SaneModel.from_pretrained(source).eval()
+        return cls(model, SaneWeightTokenizer.from_pretrained(source), layout)
+
+    def tokens(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Normalised tokens `(networks, tokens, token_size)` of stacked tensors `(networks, *shape)`."""
+        return (self.layout.pack(tensors) - self.mean) / self.std
+
+    def tensors(self, token_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Undo [`~Codec.tokens`]; differentiable."""
+        return self.layout.unpack(token_values * self.std.to(token_values.device) + self.mean.to(token_values.device))
+
+    def encode(self, token_values: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Latents `(networks, tokens, latent_size)` of normalised tokens `(networks, tokens, token_size)`."""
+        return self._run(self.model.encode_sequence, token_values)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised tokens of latents; padding inside tokens is set to zero."""
+        return self._run(self.model.decode_sequence, latents).masked_fill(~self.layout.value_mask, 0.0)
+
+    @torch.no_grad()
+    def _run(self, function, sequences: torch.Tensor | np.ndarray) -> torch.Tensor:
+        chunks = []
+        for start in range(0, len(sequences), self.chunk_size):
+            chunk = torch.as_tensor(np.asarray(sequences[start : start + self.chunk_size]), device=self.model.device)
+            kinds = self.layout.layer_kind_ids.to(chunk.device).expand(len(chunk), -1)
+            out = function(chunk, self.layout.position_ids.to(chunk.device), layer_kind_ids=kinds, batch_size=self.chunk_size)
+            chunks.append(out.float().cpu())
+        return torch.cat(chunks)

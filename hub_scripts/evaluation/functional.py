@@ -1,0 +1,367 @@
+"""Networks judged by what they compute; many networks of one architecture run at once with `torch.func`.
+
+Stacked tensors are a state dict with a leading axis: name -> (networks, *shape). B, N, C = images, networks, classes.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+TRUSTED_PREFIXES = ("hub_scripts.zoos.architectures",)  # modules whose functions, not only classes, may be called
+CHUNK_SIZE = 32  # networks at a time; on a CPU larger chunks are not faster and need more memory
+
+
+# --- from a name to a module
+
+
+def build_module(architecture: str, kwargs: Mapping[str, Any] | None = None, trust: bool = False) -> nn.Module:
+    """Build a network from the name that a zoo gives.
+
+    A zoo may come from anywhere, so a name must not be a way to run code: only subclasses of `nn.Module` outside Python's
+    own library are called, and functions of `TRUSTED_PREFIXES`. A class of transformers gets `kwargs` through its configuration.
+
+    Args:
+        architecture (`str`): `"package.module:Name"`.
+        kwargs (`Mapping[str, Any]`, *optional*): arguments of the class or function.
+        trust (`bool`): True calls whatever the name stands for.
+
+    Returns:
+        `nn.Module`: with its own, meaningless weights.
+
+    Raises:
+        ValueError: If the name is malformed, not found or not allowed, or does not give a module from these arguments.
+    """
+    kwargs = dict(kwargs or {})
+    target = _resolve(architecture, trust)
+    if not trust:
+        _refuse_unless_safe(architecture, target, kwargs)
+    try:
+        config_class = getattr(target, "config_class", None)  # of transformers' models
+        module = target(config_class(**kwargs)) if config_class is not None else target(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"{architecture} does not accept {kwargs}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{architecture} returned a {type(module).__name__}, expected an nn.Module.")
+    return module
+
+
+def _resolve(architecture: str, trust: bool) -> Any:
+    path, separator, name = architecture.partition(":")
+    if not (separator and name.isidentifier() and all(part.isidentifier() for part in path.split("."))):
+        raise ValueError(f"architecture is {architecture!r}, expected 'package.module:Name'.")
+    if not trust and path.split(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"architecture {architecture} is part of Python's library, expected a subclass of nn.Module.")
+    try:
+        return getattr(importlib.import_module(path), name)
+    except ImportError as error:
+        raise ValueError(
+            f"architecture {architecture} cannot be imported: {error}. Install the package that defines it."
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f"architecture {architecture}: module {path} has no {name}.") from error
+
+
+def _refuse_unless_safe(architecture: str, target: Any, kwargs: dict) -> None:
+    home = getattr(target, "__module__", None) or ""  # where it is defined, not where it was imported
+    if not (isinstance(target, type) and issubclass(target, nn.Module)) and not home.startswith(TRUSTED_PREFIXES):
+        raise ValueError(
+            f"architecture {architecture} is not a subclass of nn.Module, so it is not called; pass trust=True if you trust its source."
+        )
+    if _has_key(kwargs, "trust_remote_code"):
+        raise ValueError(
+            f"the arguments of {architecture} ask for remote code; pass trust=True if you trust its source."
+        )
+
+
+def _has_key(value: Any, key: str) -> bool:
+    if isinstance(value, Mapping):
+        return key in value or any(_has_key(item, key) for item in value.values())
+    return isinstance(value, (list, tuple)) and any(_has_key(item, key) for item in value)
+
+
+# --- outputs
+
+
+def batched_logits(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor, chunk_size: int | None = CHUNK_SIZE
+) -> torch.Tensor:
+    """Outputs of many networks on the same images, in eval mode; differentiable in the tensors.
+
+    Args:
+        module (`nn.Module`): the architecture; its own weights are not used, except buffers that `tensors` lack.
+        tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
+        images (`torch.Tensor` of shape `(images, channels, height, width)`): inputs.
+        chunk_size (`int`, *optional*): networks at a time; all at once if None.
+
+    Returns:
+        `torch.Tensor` of shape `(networks, images, classes)`.
+
+    Raises:
+        ValueError: If a parameter is missing, a name is unknown or a shape does not fit the module.
+    """
+    _check(module, tensors)
+    with _mode(module, training=False):
+        return _forward(module, tensors, images, chunk_size)
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Share of images that each network classifies as labelled; an output with NaN counts as wrong.
+
+    Args:
+        logits (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
+        labels (`torch.Tensor` of shape `(images,)`): int64.
+
+    Returns:
+        `torch.Tensor` of shape `(networks,)`: float32.
+    """
+    return ((logits.argmax(-1) == labels) & ~logits.isnan().any(-1)).float().mean(1)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each network.
+
+    Args:
+        logits (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
+        labels (`torch.Tensor` of shape `(images,)`): int64.
+
+    Returns:
+        `torch.Tensor` of shape `(networks,)`.
+    """
+    targets = labels.expand(len(logits), -1)  # (networks, images)
+    return (
+        nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
+    )
+
+
+def agreement(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
+    """Share of images on which two networks predict the same class; NaN agrees with nothing.
+
+    Args:
+        logits_a (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
+        logits_b (`torch.Tensor` of shape `(networks, images, classes)`): outputs of the partners.
+
+    Returns:
+        `torch.Tensor` of shape `(networks,)`: float32.
+    """
+    valid = ~(logits_a.isnan() | logits_b.isnan()).any(-1)
+    return ((logits_a.argmax(-1) == logits_b.argmax(-1)) & valid).float().mean(1)
+
+
+def behavioural_loss(
+    decoded_logits: torch.Tensor, original_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Mean KL divergence of decoded networks' predictions from their originals' (arXiv 2503.17138).
+
+    Args:
+        decoded_logits (`torch.Tensor` of shape `(networks, images, classes)`): carries the gradient.
+        original_logits (`torch.Tensor` of shape `(networks, images, classes)`): the target; no gradient flows into it.
+        temperature (`float`): more than 1 weighs the unlikely classes more; gradients keep their size (times its square).
+
+    Returns:
+        `torch.Tensor`: scalar, 0 where both predict alike.
+    """
+    decoded = (decoded_logits / temperature).log_softmax(-1)
+    original = (original_logits.detach() / temperature).log_softmax(-1)
+    divergence = (original.exp() * (original - decoded)).sum(-1)  # (networks, images)
+    return divergence.mean() * temperature**2
+
+
+class Evaluation(NamedTuple):
+    """Figures of networks on labelled images.
+
+    Args:
+        accuracy (`np.ndarray` of shape `(networks,)`): float32, 0 to 1.
+        loss (`np.ndarray` of shape `(networks,)`): float32, mean cross-entropy.
+    """
+
+    accuracy: np.ndarray
+    loss: np.ndarray
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_size: int = CHUNK_SIZE,
+    batch_size: int = 1024,
+) -> Evaluation:
+    """Accuracy and loss of many networks, with memory bounded by `chunk_size` networks on `batch_size` images.
+
+    Args:
+        module (`nn.Module`): the architecture.
+        tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
+        images (`torch.Tensor` of shape `(images, channels, height, width)`): inputs.
+        labels (`torch.Tensor` of shape `(images,)`): int64.
+        chunk_size (`int`): networks at a time.
+        batch_size (`int`): images at a time.
+
+    Returns:
+        [`Evaluation`]: accuracy and loss of each network.
+
+    Raises:
+        ValueError: As in [`batched_logits`].
+    """
+    hits = losses = 0.0
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        logits = batched_logits(module, tensors, x, chunk_size)
+        hits = hits + accuracy(logits, y) * len(y)
+        losses = losses + cross_entropy(logits, y) * len(y)
+    return Evaluation((hits / len(labels)).cpu().numpy(), (losses / len(labels)).cpu().numpy())
+
+
+# --- training
+
+
+def finetune_networks(
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    learning_rate: float,
+    epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+    eval_images: torch.Tensor,
+    eval_labels: torch.Tensor,
+    weight_decay: float = 0.0,
+) -> np.ndarray:
+    """Train many networks at once with AdamW, all on the same batches, and follow their accuracy.
+
+    AdamW works value by value, so every network trains exactly as it would alone. The tensors given are not changed.
+
+    Args:
+        module (`nn.Module`): the architecture.
+        tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
+        images (`torch.Tensor` of shape `(images, channels, height, width)`): to train on.
+        labels (`torch.Tensor` of shape `(images,)`): int64.
+        learning_rate (`float`): of AdamW, constant.
+        epochs (`int`): passes over the images.
+        batch_size (`int`): images in a step.
+        generator (`torch.Generator`): order of the images.
+        eval_images (`torch.Tensor` of shape `(eval_images, channels, height, width)`): to measure on.
+        eval_labels (`torch.Tensor` of shape `(eval_images,)`): int64.
+        weight_decay (`float`): of AdamW.
+
+    Returns:
+        `np.ndarray` of shape `(epochs + 1, networks)`: float32, accuracy on the evaluation images; row 0 is before training.
+
+    Raises:
+        ValueError: As in [`batched_logits`].
+    """
+    _check(module, tensors)
+    stacked = _with_buffers(module, tensors)
+    names = dict(module.named_parameters(remove_duplicate=False))
+    parameters = {name: nn.Parameter(stacked[name]) for name in stacked if name in names}
+    stacked |= parameters
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=weight_decay)
+    curve = [evaluate(module, stacked, eval_images, eval_labels).accuracy]
+    for _ in range(epochs):
+        with _mode(module, training=True):
+            for batch in torch.randperm(len(labels), generator=generator).split(batch_size):
+                logits = _forward(module, stacked, images[batch], chunk_size=None)
+                optimizer.zero_grad()
+                cross_entropy(
+                    logits, labels[batch]
+                ).sum().backward()  # a sum: each network gets its own gradient, whole
+                optimizer.step()
+        curve.append(evaluate(module, stacked, eval_images, eval_labels).accuracy)
+    return np.stack(curve)
+
+
+@torch.no_grad()
+def condition_norms(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor, batches: int = 4
+) -> dict[str, torch.Tensor]:
+    """Give normalisation layers the running statistics that fit the weights: a plain average over some batches.
+
+    Args:
+        module (`nn.Module`): the architecture.
+        tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
+        images (`torch.Tensor` of shape `(images, channels, height, width)`): of the target data; no labels needed.
+        batches (`int`): how many batches the images are cut into.
+
+    Returns:
+        `dict[str, torch.Tensor]`: new stacked state dicts with all buffers; the same tensors if no layer keeps statistics.
+
+    Raises:
+        ValueError: As in [`batched_logits`].
+    """
+    _check(module, tensors)
+    norms = [m for m in module.modules() if getattr(m, "running_mean", None) is not None and hasattr(m, "momentum")]
+    if not norms:
+        return dict(tensors)
+    stacked = _with_buffers(module, tensors)
+    momenta = [norm.momentum for norm in norms]
+    with _mode(module, training=False):
+        try:
+            for norm in norms:
+                norm.train()
+            for index, batch in enumerate(images.chunk(batches)):
+                for norm in norms:
+                    norm.momentum = 1 / (index + 1)  # replaces what was there first, then averages
+                _forward(module, stacked, batch, CHUNK_SIZE)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    return stacked
+
+
+def _forward(
+    module: nn.Module, stacked: Mapping[str, torch.Tensor], images: torch.Tensor, chunk_size: int | None
+) -> torch.Tensor:
+    """(networks, images, classes); running statistics among the stacked tensors are updated in place in training mode."""
+
+    def logits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        output = functional_call(module, tensors, (images,))
+        return output if isinstance(output, torch.Tensor) else output.logits  # transformers return an object
+
+    return vmap(logits, randomness="different", chunk_size=chunk_size)(dict(stacked))
+
+
+def _with_buffers(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of the tensors with every buffer of the module, so that nothing the networks update is shared."""
+    networks = len(next(iter(tensors.values())))
+    missing = {name: b.expand(networks, *b.shape) for name, b in module.named_buffers() if name not in tensors}
+    return {name: tensor.detach().clone() for name, tensor in (dict(tensors) | missing).items()}
+
+
+def _check(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    known = parameters | dict(module.named_buffers(remove_duplicate=False))
+    unknown = [name for name in tensors if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} is not a tensor of {type(module).__name__}; its tensors are {', '.join(known)}."
+        )
+    given = {id(known[name]) for name in tensors}  # a tied parameter is given under any of its names
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in given]
+    if missing:
+        raise ValueError(f"{missing[0]} of {type(module).__name__} is missing among the tensors.")
+    counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors.values()}
+    for name, tensor in tensors.items():
+        if tensor.shape[1:] != known[name].shape or len(counts) != 1:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, {type(module).__name__} expects (networks, "
+                f"{', '.join(map(str, known[name].shape))}) with the same number of networks for all tensors."
+            )
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    before = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, was in before:
+            part.training = was

@@ -1,0 +1,1 @@
+"""Model zoos: tasks, architectures, populations, rows, windows and views."""

@@ -1,0 +1,39 @@
+"""SANE as a transformers model: configuration, model, pre-training head and latent samplers.
+
+Importing this package registers the classes with `AutoConfig`, `AutoModel` and `AutoModelForPreTraining`, and makes
+`save_pretrained` put the code beside the weights, so that a saved folder opens where this package is missing.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+
+from .configuration_sane import SaneConfig
+from .generation_sane import GaussianSampler, KernelDensitySampler
+from .modeling_sane import (
+    SaneForPreTraining,
+    SaneForPreTrainingOutput,
+    SaneModel,
+    SaneModelOutput,
+    SanePreTrainedModel,
+    nt_xent_loss,
+    reconstruction_loss,
+)
+
+AutoConfig.register(SaneConfig.model_type, SaneConfig, exist_ok=True)
+AutoModel.register(SaneConfig, SaneModel, exist_ok=True)
+AutoModelForPreTraining.register(SaneConfig, SaneForPreTraining, exist_ok=True)
+SaneConfig.register_for_auto_class()
+SaneModel.register_for_auto_class("AutoModel")
+SaneForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+
+__all__ = [
+    "GaussianSampler",
+    "KernelDensitySampler",
+    "SaneConfig",
+    "SaneForPreTraining",
+    "SaneForPreTrainingOutput",
+    "SaneModel",
+    "SaneModelOutput",
+    "SanePreTrainedModel",
+    "nt_xent_loss",
+    "reconstruction_loss",
+]

@@ -1,0 +1,27 @@
+"""Checkpoints to weight tokens and back: layout, tokenizer, symmetries."""
+
+from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig
+
+from .layout_sane import LAYER_KINDS, PACKINGS, CheckpointLayout, LayerLayout, TensorLayout, TensorSpec
+from .symmetry_sane import (
+    SymmetryGroup,
+    SymmetryItem,
+    SymmetrySpec,
+    WeightMatcher,
+    align,
+    find_symmetries,
+    match_weights,
+    weight_distance,
+)
+from .tokenization_sane import CheckpointFiles, SaneWeightTokenizer, check_finite
+
+
+class SaneWeightTokenizerKey(PreTrainedConfig):
+    """The Auto classes find a tokenizer by a configuration class; the weight tokenizer has none of its own."""
+
+    model_type = "sane_weight_tokenizer"
+
+
+SaneWeightTokenizer.register_for_auto_class("AutoFeatureExtractor")
+AutoFeatureExtractor.register(SaneWeightTokenizerKey, SaneWeightTokenizer, exist_ok=True)
+AutoTokenizer.register(SaneWeightTokenizerKey, slow_tokenizer_class=SaneWeightTokenizer, exist_ok=True)

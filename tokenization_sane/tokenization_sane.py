@@ -1,0 +1,574 @@
+"""SaneWeightTokenizer: a checkpoint as a sequence of weight tokens, and back bit for bit."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
+
+from .layout_sane import CheckpointLayout, TensorLayout, TensorSpec
+
+NORMALIZATIONS = ("none", "checkpoint", "zoo")
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
+SMALLEST_STD = 1e-8  # a tensor that does not vary (the zero biases of an untrained network) is shifted, not scaled
+
+
+class SaneWeightTokenizer(FeatureExtractionMixin):
+    """Cuts the weights of any neural network into tokens and puts them together again.
+
+    Args:
+        token_size (`int`, defaults to 288): values in a token.
+        packing (`str`, defaults to `"dense"`): `"dense"`, `"flat"` or `"paper"`, see [`CheckpointLayout`].
+        normalization (`str`, defaults to `"none"`): `"zoo"` shifts and scales each tensor by its mean and standard deviation
+            over the checkpoints given to [`~SaneWeightTokenizer.fit`]; `"checkpoint"` by those of the checkpoint itself;
+            `"none"` leaves the values alone, and decoding is exact to the bit.
+        zoo (`dict`, *optional*): what `fit` learned: fingerprint to layout, means and standard deviations.
+
+    Example:
+    ```python
+    tokenizer = SaneWeightTokenizer(token_size=32)
+    batch = tokenizer(network.state_dict())
+    state_dict = tokenizer.decode(batch["token_values"][0], batch["layouts"][0], passthrough=batch["passthrough"][0])
+    ```
+    """
+
+    model_input_names = ["token_values", "position_ids", "attention_mask", "value_mask", "layer_kind_ids"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        token_size: int = 288,
+        packing: str = "dense",
+        normalization: str = "none",
+        zoo: dict | None = None,
+        **kwargs: Any,
+    ):
+        CheckpointLayout.build([], token_size, packing)  # checks both
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization is {normalization!r}, expected one of {', '.join(NORMALIZATIONS)}.")
+        self.token_size = token_size
+        self.packing = packing
+        self.normalization = normalization
+        self.zoo = zoo or {}
+        super().__init__(**kwargs)
+
+    # ---------------------------------------------------------------------------------------------------- layout
+    def layout(self, source: Any) -> CheckpointLayout:
+        """What stands where in a checkpoint; made from its header, no weight is read.
+
+        Args:
+            source (`nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `Path`): a network, a state dict, a safetensors file,
+                a folder with one or with sharded ones.
+
+        Returns:
+            [`CheckpointLayout`]: in the order of the source. A checkpoint with the same tensors as one of the zoo that the
+            tokenizer was fitted to has that zoo's order and layer kinds, so that one network has one sequence.
+        """
+        if isinstance(source, nn.Module):
+            specs, ties = _module_specs(source)
+        elif isinstance(source, Mapping):
+            specs, ties = _state_dict_specs(source)
+        else:
+            with CheckpointFiles(source) as files:
+                specs, ties = files.specs, files.ties
+        layout = CheckpointLayout.build(specs, self.token_size, self.packing, ties)
+        known = self.zoo.get(layout.fingerprint)
+        if known is None:
+            return layout
+        dtypes = {spec.name: spec.dtype for spec in specs}
+        return _with_dtypes(CheckpointLayout.from_dict(known["layout"]), dtypes).repack(self.token_size, self.packing)
+
+    # ---------------------------------------------------------------------------------------------------- encode
+    def __call__(
+        self,
+        source: Any,
+        layout: CheckpointLayout | None = None,
+        dtype: torch.dtype = torch.float32,
+        non_finite: str | None = None,
+    ) -> BatchFeature:
+        """Cut one checkpoint, or a list of them, into tokens.
+
+        Args:
+            source (checkpoint or list of checkpoints): anything [`~SaneWeightTokenizer.layout`] takes.
+            layout ([`CheckpointLayout`], *optional*): use this layout for every checkpoint instead of making it.
+            dtype (`torch.dtype`, defaults to `torch.float32`): dtype of the tokens; `torch.float64` for float64 checkpoints.
+            non_finite (`str`, *optional*): `"error"` refuses NaN and infinite weights by name, `"keep"` lets them pass. The
+                default keeps them where decoding is exact (`normalization="none"`) and refuses them otherwise.
+
+        Returns:
+            `BatchFeature`: `token_values (batch, tokens, token_size)`, `value_mask` (the same shape, bool, True on real
+            values), `position_ids (batch, tokens, 3)`, `attention_mask (batch, tokens)` (bool, False on padding tokens),
+            `layer_kind_ids (batch, tokens)`, and the lists `layouts`, `passthrough` and `statistics`. Shorter checkpoints
+            are padded at the end.
+
+        Raises:
+            ValueError: If a tensor does not fit the layout, float64 would be rounded, or a weight is not finite.
+        """
+        sources = list(source) if isinstance(source, (list, tuple)) else [source]
+        if not sources:
+            raise ValueError("there is no checkpoint in the list; give at least one.")
+        keep = (non_finite or ("keep" if self.normalization == "none" else "error")) == "keep"
+        layouts, tokens, passthrough, statistics = [], [], [], []
+        for checkpoint in sources:
+            tensors = _read(checkpoint)
+            place = layout or self.layout(checkpoint)
+            _check_precision(place, dtype)
+            if not keep:
+                check_finite(tensors)
+            values = place.pack({name: tensors[name] for name in place.tensors if name in tensors}, dtype)
+            scale = self._statistics(place, values)
+            layouts.append(place)
+            tokens.append(_shift_and_scale(values, place, scale))
+            passthrough.append({spec.name: tensors[spec.name] for spec in place.passthrough})
+            statistics.append(scale)
+        count = torch.tensor([len(values) for values in tokens])
+
+        def pad(rows: list) -> torch.Tensor:
+            return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+        return BatchFeature(
+            {
+                "token_values": pad(tokens),
+                "value_mask": pad([place.value_mask for place in layouts]),
+                "position_ids": pad([place.position_ids for place in layouts]),
+                "attention_mask": torch.arange(int(count.max())) < count[:, None],
+                "layer_kind_ids": pad([place.layer_kind_ids for place in layouts]),
+                "layouts": layouts,
+                "passthrough": passthrough,
+                "statistics": statistics,
+            }
+        )
+
+    # ---------------------------------------------------------------------------------------------------- decode
+    def decode(
+        self,
+        token_values: torch.Tensor,
+        layout: CheckpointLayout,
+        passthrough: Mapping[str, torch.Tensor] | None = None,
+        statistics: Mapping[str, tuple[float, float]] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Put a checkpoint together again.
+
+        Args:
+            token_values (`torch.Tensor` of shape `(tokens, token_size)`): tokens; padding tokens at the end are ignored.
+            layout ([`CheckpointLayout`]): what stands where.
+            passthrough (`Mapping[str, torch.Tensor]`, *optional*): the tensors that are no floating point numbers.
+            statistics (`Mapping`, *optional*): the checkpoint's own, as the tokenizer returned them; needed with
+                `normalization="checkpoint"`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: state dict in the layout's order and dtypes; tied names share one tensor.
+
+        Raises:
+            ValueError: If the tokens do not fit the layout, or statistics or passed-through tensors are missing.
+        """
+        passthrough = passthrough or {}
+        absent = [spec.name for spec in layout.passthrough if spec.name not in passthrough]
+        if absent:
+            raise ValueError(
+                f"{absent[0]} is not in the tokens (it holds no floating point numbers); give it as passthrough=batch['passthrough'][i]."
+            )
+        token_values = token_values[: layout.num_tokens] if token_values.dim() == 2 else token_values
+        values = self.denormalize(token_values, layout, statistics)
+        tensors = {n: t.to(layout.tensors[n].torch_dtype) for n, t in layout.unpack(values).items()}
+        tensors |= {spec.name: passthrough[spec.name] for spec in layout.passthrough}
+        tensors |= {name: tensors[source] for name, source in layout.ties.items()}
+        # a view would keep all tokens in memory, and writing to one tensor could change another
+        owned = {n: t.clone() if n in layout.tensors else t for n, t in tensors.items() if n not in layout.ties}
+        return {name: owned[layout.ties.get(name, name)] for name in layout.order}
+
+    # ---------------------------------------------------------------------------------------------------- statistics
+    def fit(
+        self, state_dicts: Iterable[Mapping[str, torch.Tensor]], layout: CheckpointLayout | None = None
+    ) -> "SaneWeightTokenizer":
+        """Learn each tensor's mean and standard deviation over a zoo, in one pass, for `normalization="zoo"`.
+
+        Checkpoints of several architectures may be mixed. Fit on the training split only: statistics are part of the model.
+
+        Args:
+            state_dicts (`Iterable`): anything that [`~SaneWeightTokenizer.layout`] takes, one at a time.
+            layout ([`CheckpointLayout`], *optional*): the layout of them all, which gives their order and layer kinds.
+
+        Returns:
+            [`SaneWeightTokenizer`]: itself.
+
+        Raises:
+            ValueError: If there is no checkpoint, or one holds NaN or infinite values.
+        """
+        layouts: dict[str, CheckpointLayout] = {}
+        moments: dict[str, dict[str, torch.Tensor]] = {}
+        for checkpoint in state_dicts:
+            tensors = _read(checkpoint)
+            check_finite(tensors)
+            place = layout or self.layout(checkpoint)
+            layouts.setdefault(place.fingerprint, place)
+            totals = moments.setdefault(place.fingerprint, {})
+            for name in place.tensors:
+                totals[name] = _merge_moments(totals.get(name), _moments(tensors[name]))
+        if not layouts:
+            raise ValueError("there is no checkpoint to fit the statistics to.")
+        self.zoo = {}
+        for fingerprint, place in layouts.items():
+            scale = {name: _mean_and_std(total) for name, total in moments[fingerprint].items()}
+            self.zoo[fingerprint] = {"layout": place.to_dict(), "statistics": scale}
+        return self
+
+    def normalize(
+        self, token_values: torch.Tensor, layout: CheckpointLayout, statistics: Mapping | None = None
+    ) -> torch.Tensor:
+        """Shift and scale tokens `(..., tokens, token_size)` as the tokenizer's normalization asks."""
+        return _shift_and_scale(token_values, layout, statistics or self._statistics(layout, token_values))
+
+    def denormalize(
+        self, token_values: torch.Tensor, layout: CheckpointLayout, statistics: Mapping | None = None
+    ) -> torch.Tensor:
+        """Undo [`~SaneWeightTokenizer.normalize`]; differentiable."""
+        if self.normalization == "checkpoint" and statistics is None:
+            raise ValueError(
+                "normalization='checkpoint' needs statistics=batch['statistics'][i] to decode that checkpoint."
+            )
+        scale = statistics if self.normalization == "checkpoint" else self._statistics(layout)
+        return _shift_and_scale(token_values, layout, scale, undo=True)
+
+    def token_statistics(
+        self, layout: CheckpointLayout, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The zoo's shift and scale of every value: mean and standard deviation, each `(tokens, token_size)`.
+
+        `normalized * std + mean` undoes the normalization of a whole batch; 0 and 1 on padding and where values stay as they are.
+        """
+        scale = (
+            self._statistics(layout) if self.normalization == "zoo" else dict.fromkeys(layout.tensors, (0.0, 1.0))
+        )
+        return _spread(scale, layout, dtype)
+
+    def _statistics(self, layout: CheckpointLayout, token_values: torch.Tensor | None = None) -> dict | None:
+        """Mean and standard deviation by tensor name, or None where values stay as they are."""
+        if self.normalization == "none":
+            return None
+        if self.normalization == "checkpoint":
+            return {n: _mean_and_std(_moments(t)) for n, t in layout.unpack(token_values).items()}
+        if layout.fingerprint not in self.zoo:
+            raise ValueError(
+                f"the tokenizer has no statistics for a checkpoint with fingerprint {layout.fingerprint} ({len(layout.tensors)} "
+                f"tensors, first {next(iter(layout.tensors), None)!r}). Call fit() with checkpoints of that kind, or use "
+                "normalization='checkpoint'."
+            )
+        return self.zoo[layout.fingerprint]["statistics"]
+
+    # ---------------------------------------------------------------------------------------------------- windows
+    def iter_windows(
+        self, source: Any, window_size: int = 256, halo: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Iterator[BatchFeature]:
+        """Walk over a checkpoint file in windows of tokens; memory holds one window and the rows that stand in it.
+
+        Args:
+            source (`str`, `Path` or `Mapping`): a safetensors file, a folder of them, or a state dict.
+            window_size (`int`): tokens in a window.
+            halo (`int`, defaults to 0): extra tokens on both sides, where there are any.
+            dtype (`torch.dtype`): dtype of the tokens.
+
+        Yields:
+            `BatchFeature`: as the tokenizer returns, with a batch axis of 1, and `start`, `stop`: the tokens without halo.
+            With `normalization="checkpoint"` the values stay as they are, since its statistics need the whole checkpoint.
+        """
+        if window_size < 1 or halo < 0:
+            raise ValueError(
+                f"window_size is {window_size} and halo {halo}; expected at least 1 and at least 0 tokens."
+            )
+        layout = self.layout(source)
+        _check_precision(layout, dtype)
+        scaled = self.normalization == "zoo"
+        mean, std = self.token_statistics(layout, dtype) if scaled else (None, None)
+        with CheckpointFiles(source) as files:
+            for start in range(0, layout.num_tokens, window_size):
+                stop = min(start + window_size, layout.num_tokens)
+                first, end = max(0, start - halo), min(layout.num_tokens, stop + halo)
+                values = layout.window(files.rows, first, end, dtype)
+                mask = layout.value_mask[first:end]
+                values = (values - mean[first:end]) / std[first:end] if scaled else values
+                yield BatchFeature(
+                    {
+                        "token_values": values[None],
+                        "value_mask": mask[None],
+                        "position_ids": layout.position_ids[None, first:end],
+                        "attention_mask": torch.ones(1, end - first, dtype=torch.bool),
+                        "layer_kind_ids": layout.layer_kind_ids[None, first:end],
+                        "start": start,
+                        "stop": stop,
+                    }
+                )
+
+    # ---------------------------------------------------------------------------------------------------- saving
+    def to_dict(self) -> dict[str, Any]:
+        """What `preprocessor_config.json` holds."""
+        output = super().to_dict()
+        # saving writes this entry as a list because the class is called a tokenizer; AutoFeatureExtractor wants a string
+        auto_map = output.get("auto_map") or {}
+        output["auto_map"] = {k: v[0] if isinstance(v, (list, tuple)) else v for k, v in auto_map.items()}
+        return {key: value for key, value in output.items() if value or key != "auto_map"}
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write the tokenizer so that `AutoTokenizer` and `AutoFeatureExtractor` both load it, with its code."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = type(self).__name__
+        config = {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [f"tokenization_sane.{name}", None]}}
+        (folder / TOKENIZER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------- sources
+class CheckpointFiles:
+    """The tensors of a state dict, a safetensors file or a folder of shards, read one piece at a time.
+
+    Args:
+        source (`Mapping`, `str` or `Path`): a state dict, a `.safetensors` file, or a folder that holds one or several with
+            their index.
+
+    Raises:
+        ValueError: If there is no such file, it is no safetensors file, or a shard is missing.
+    """
+
+    def __init__(self, source: Any):
+        self._tensors = source if isinstance(source, Mapping) else None
+        self._handles: dict[str, Any] = {}
+        if self._tensors is not None:
+            self.specs, self.ties = _state_dict_specs(source)
+            return
+        self.specs, self.ties = [], {}
+        for file in _safetensors_files(Path(source)):
+            try:
+                handle = safe_open(file, framework="pt")
+            except Exception as error:  # safetensors raises its own type, and OSError for an unreadable file
+                raise ValueError(f"{file} is no valid safetensors file: {error}.") from error
+            for name in handle.keys():  # noqa: SIM118 (a handle is not iterable)
+                if name in self._handles:
+                    raise ValueError(f"{name} stands in two files of {source}; keep one.")
+                self._handles[name] = handle
+                piece = handle.get_slice(name)
+                self.specs.append(TensorSpec(name, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()]))
+            self.ties |= {k: v for k, v in (handle.metadata() or {}).items() if k != "format"}
+        self.specs.sort(
+            key=lambda spec: _natural(spec.name)
+        )  # files are sorted by dtype and text: layer10 before layer2
+        self.ties = {k: v for k, v in self.ties.items() if v in self._handles and k not in self._handles}
+
+    def __enter__(self) -> "CheckpointFiles":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handles.clear()
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """All tensors."""
+        if self._tensors is not None:
+            return dict(self._tensors)
+        return {spec.name: self._handles[spec.name].get_tensor(spec.name) for spec in self.specs}
+
+    def rows(self, tensor: TensorLayout, start: int, stop: int) -> torch.Tensor:
+        """Rows `start:stop` of one tensor along its row axis, as real numbers."""
+        if not tensor.shape:
+            piece = (
+                self._tensors[tensor.name]
+                if self._tensors is not None
+                else self._handles[tensor.name].get_tensor(tensor.name)
+            )
+        else:
+            index = (slice(None),) * tensor.row_axis + (slice(start, stop),)
+            whole = (
+                self._tensors[tensor.name]
+                if self._tensors is not None
+                else self._handles[tensor.name].get_slice(tensor.name)
+            )
+            piece = whole[index]
+        return torch.view_as_real(piece) if piece.is_complex() else piece
+
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32",
+    "U64": "uint64", "BOOL": "bool", "C64": "complex64",
+}  # fmt: skip
+
+
+def _natural(name: str) -> list:
+    """Sort key that puts layer2 before layer10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is no safetensors file; convert it with safetensors.torch.save_file first.")
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; give a state dict, a .safetensors file or a folder that holds one.")
+    index = path / SAFETENSORS_INDEX_NAME
+    if index.exists():
+        files = [
+            path / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"{index} names {missing[0]}, which is not there; download the checkpoint again.")
+        return files
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no .safetensors file.")
+    return files
+
+
+def _read(source: Any) -> Mapping[str, torch.Tensor]:
+    """All tensors of a source, without copying those in memory."""
+    if isinstance(source, nn.Module):
+        return source.state_dict()
+    if isinstance(source, Mapping):
+        return source
+    with CheckpointFiles(source) as files:
+        tensors = files.read()
+        return tensors | {name: tensors[kept] for name, kept in files.ties.items()}
+
+
+def _spec(name: str, tensor: torch.Tensor, kind: str | None = None, row_axis: int | None = None) -> TensorSpec:
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__}, a state dict holds tensors; give the inner state dict itself."
+        )
+    return TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), kind, row_axis)
+
+
+def _state_dict_specs(
+    tensors: Mapping[str, torch.Tensor], types: Mapping | None = None
+) -> tuple[list[TensorSpec], dict]:
+    """Specs of a state dict, and its ties: names whose tensor is the very same piece of memory as an earlier one."""
+    specs, ties, seen = [], {}, {}
+    for name, tensor in tensors.items():
+        spec = _spec(name, tensor, *(types or {}).get(name, ()))
+        # neighbours in one flat buffer differ in their address; tensors without memory (meta) are told apart by identity
+        if tensor.numel() and tensor.device.type != "meta":
+            key = (tensor.device, tensor.data_ptr(), spec.shape, tensor.stride(), tensor.dtype)
+        else:
+            key = id(tensor)
+        if key in seen:
+            ties[name] = seen[key]
+        else:
+            seen[key] = name
+            specs.append(spec)
+    return specs, ties
+
+
+def _module_specs(module: nn.Module) -> tuple[list[TensorSpec], dict]:
+    """As [`_state_dict_specs`], with the layer kinds and row axes that the types of the modules tell."""
+    types = {}
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        kind, row_axis = _module_type(child)
+        if kind is not None:
+            for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
+                axis = row_axis if tensor.dim() >= 2 else None
+                types[f"{prefix}.{name}" if prefix else name] = (kind, axis)
+    return _state_dict_specs(module.state_dict(keep_vars=True), types)
+
+
+def _module_type(module: nn.Module) -> tuple[str | None, int | None]:
+    """Layer kind and row axis that a module's type implies; (None, None) leaves them to the shapes."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "conv", 1 if module.groups == 1 else 0
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv", 0
+    if isinstance(module, (nn.Linear, nn.Bilinear, nn.MultiheadAttention)):
+        return "linear", 0
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a Linear stored as (in, out)
+        return "linear", 1
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        return "norm", None
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding", 0
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return "recurrent", 0
+    return None, None
+
+
+# ---------------------------------------------------------------------------------------------------- values
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise a ValueError that names the first tensor with NaN or infinite values."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            bad = int((~torch.isfinite(tensor.float())).sum())
+            raise ValueError(
+                f"{name} holds {bad} NaN or infinite values of {tensor.numel()}; repair or leave out this checkpoint."
+            )
+
+
+def _check_precision(layout: CheckpointLayout, dtype: torch.dtype) -> None:
+    wide = [n for n, t in layout.tensors.items() if t.torch_dtype in (torch.float64, torch.complex128)]
+    if wide and dtype != torch.float64:
+        raise ValueError(
+            f"{wide[0]} is {layout.tensors[wide[0]].dtype}; {dtype} tokens would round it. Use dtype=torch.float64."
+        )
+
+
+def _with_dtypes(layout: CheckpointLayout, dtypes: Mapping[str, str]) -> CheckpointLayout:
+    """The layout with the dtypes of another checkpoint of the same tensors."""
+    data = layout.to_dict()
+    for layer in data["layers"]:
+        layer["tensors"] = [[name, shape, dtypes[name], axis] for name, shape, _, axis in layer["tensors"]]
+    return CheckpointLayout.from_dict(data)
+
+
+def _moments(tensor: torch.Tensor) -> torch.Tensor:
+    """Count, mean and sum of squared deviations of all values, float64 `(3,)`."""
+    values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().double()
+    if not values.numel():
+        return torch.zeros(3, dtype=torch.float64)
+    mean = values.mean()
+    return torch.stack([torch.tensor(float(values.numel()), dtype=torch.float64), mean, ((values - mean) ** 2).sum()])
+
+
+def _merge_moments(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
+    """Moments of two sets of values together (Chan, Golub and LeVeque 1983)."""
+    if left is None or left[0] == 0:
+        return right
+    count = left[0] + right[0]
+    delta = right[1] - left[1]
+    mean = left[1] + delta * right[0] / count
+    return torch.stack([count, mean, left[2] + right[2] + delta**2 * left[0] * right[0] / count])
+
+
+def _mean_and_std(moments: torch.Tensor) -> list[float]:
+    count, mean, squares = moments.tolist()
+    std = (squares / count) ** 0.5 if count else 0.0
+    return [mean, std if std > SMALLEST_STD else 1.0]
+
+
+def _shift_and_scale(
+    values: torch.Tensor, layout: CheckpointLayout, statistics: Mapping | None, undo: bool = False
+) -> torch.Tensor:
+    """`(values - mean) / std` on real values, or the reverse; padding stays zero."""
+    if statistics is None:
+        return values
+    mean, std = _spread(statistics, layout, values.dtype, values.device)
+    # on padding both are (0, 1), so that zeros stay zeros; what a decoder writes there is cut off with the mask
+    return torch.where(layout.value_mask.to(values.device), values * std + mean, 0) if undo else (values - mean) / std
+
+
+def _spread(
+    statistics: Mapping, layout: CheckpointLayout, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple:
+    """Mean and standard deviation of the tensor that each value belongs to: two of shape `(tokens, token_size)`."""
+    pair = []
+    for place, padding in ((0, 0.0), (1, 1.0)):
+        values = torch.full((layout.num_tokens, layout.token_size), padding, dtype=dtype, device=device)
+        for layer in layout.layers:
+            full = {
+                t.name: torch.full((), statistics[t.name][place], dtype=dtype, device=device).expand(t.real_shape)
+                for t in layer.tensors
+            }
+            layer.pack_into(layout.tokens_of(values, layer), full)
+        pair.append(values)
+    return tuple(pair)
