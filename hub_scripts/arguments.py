@@ -4,6 +4,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,16 +17,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows defaults, and keeps the lines of the example as they are."""
 
 
-def parse_arguments(
-    kind: type[Arguments], argv: list[str] | None, program: str, positional: dict[str, str] | None = None
-) -> Arguments:
+def parse_arguments(kind: type[Arguments], argv: list[str] | None, program: str) -> Arguments:
     """Read a dataclass of arguments from flags, or from one YAML or JSON file given instead of flags.
 
     Args:
-        kind (`type`): a dataclass; its docstring is the description and the example of `--help`.
+        kind (`type`): a dataclass; its docstring is the description and the example of `--help`. A field that is not part of
+            its `__init__` is a list of words given without a flag.
         argv (`list[str]`, *optional*): words after the command; default the process' own.
         program (`str`): how users call it, e.g. `"sane train"`.
-        positional (`dict[str, str]`, *optional*): field name to help text of arguments that are given without a flag.
 
     Raises:
         SystemExit: With code 2 and one sentence, if the arguments are wrong.
@@ -33,16 +32,19 @@ def parse_arguments(
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(kind, prog=program, description=kind.__doc__, formatter_class=_HelpFormatter)
     parser.allow_abbrev = False
-    for name, text in (positional or {}).items():
-        parser.add_argument(name, nargs="+", help=text)
+    positional = [f for f in fields(kind) if not f.init]
+    for field in positional:
+        parser.add_argument(field.name, nargs="+", help=field.metadata["help"])
     try:
         if len(argv) == 1 and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
             read = parser.parse_json_file if Path(argv[0]).suffix == ".json" else parser.parse_yaml_file
             return read(argv[0])[0]
-        if not positional:
-            return parser.parse_args_into_dataclasses(argv)[0]
         found = vars(parser.parse_args(argv))
-        return kind(**found)
+        words = {field.name: found.pop(field.name) for field in positional}
+        arguments = kind(**found)
+        for name, value in words.items():
+            setattr(arguments, name, value)
+        return arguments
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 

@@ -268,6 +268,7 @@ class CheckpointLayout:
         token_size: int = 288,
         packing: str = "dense",
         ties: Mapping[str, str] | None = None,
+        order: Iterable[str] | None = None,
     ) -> "CheckpointLayout":
         """Make the layout of a checkpoint from what its header says.
 
@@ -276,6 +277,7 @@ class CheckpointLayout:
             token_size (`int`): values in a token.
             packing (`str`): one of `PACKINGS`.
             ties (`Mapping[str, str]`, *optional*): tied name to the name that is stored.
+            order (`Iterable[str]`, *optional*): all names as the source has them; by default tied names come last.
 
         Raises:
             ValueError: If a name stands twice, or a shape, dtype or setting is impossible.
@@ -284,7 +286,7 @@ class CheckpointLayout:
         _check_specs(specs, ties)
         values = [spec for spec in specs if _is_float(spec.dtype)]
         tables = _paper_tables(values) if packing == "paper" else _tables(values)
-        names = (*(spec.name for spec in specs), *ties)
+        names = (*(spec.name for spec in specs), *ties) if order is None else tuple(order)
         passthrough = [TensorSpec(*spec[:3]) for spec in specs if not _is_float(spec.dtype)]
         return cls._cut(tables, token_size, packing, passthrough, ties, names)
 
@@ -318,7 +320,7 @@ class CheckpointLayout:
         }
         specs |= {spec.name: spec for spec in self.passthrough}
         ordered = [specs[name] for name in self.order if name in specs]
-        return CheckpointLayout.build(ordered, token_size or self.token_size, packing, self.ties)
+        return CheckpointLayout.build(ordered, token_size or self.token_size, packing, self.ties, self.order)
 
     # ------------------------------------------------------------------------------------------------ sizes
     @cached_property
@@ -427,7 +429,7 @@ class CheckpointLayout:
         for layer in self.layers:
             tensors |= layer.unpack(self.tokens_of(token_values, layer))
         complex_names = [name for name, tensor in self.tensors.items() if tensor.torch_dtype.is_complex]
-        return tensors | {name: torch.view_as_complex(tensors[name].contiguous()) for name in complex_names}
+        return tensors | {name: torch.view_as_complex(tensors[name].clone(memory_format=torch.contiguous_format)) for name in complex_names}
 
     def window(self, read: Callable, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Tokens `start:stop` of the sequence, reading only the rows that stand in them.

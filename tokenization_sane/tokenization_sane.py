@@ -70,13 +70,13 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
             tokenizer was fitted to has that zoo's order and layer kinds, so that one network has one sequence.
         """
         if isinstance(source, nn.Module):
-            specs, ties = _module_specs(source)
+            specs, ties, order = *_module_specs(source), source.state_dict()
         elif isinstance(source, Mapping):
-            specs, ties = _state_dict_specs(source)
+            specs, ties, order = *_state_dict_specs(source), source
         else:
             with CheckpointFiles(source) as files:
-                specs, ties = files.specs, files.ties
-        layout = CheckpointLayout.build(specs, self.token_size, self.packing, ties)
+                specs, ties, order = files.specs, files.ties, None
+        layout = CheckpointLayout.build(specs, self.token_size, self.packing, ties, order)
         known = self.zoo.get(layout.fingerprint)
         if known is None:
             return layout

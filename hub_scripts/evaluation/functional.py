@@ -106,7 +106,7 @@ def batched_logits(
     Raises:
         ValueError: If a parameter is missing, a name is unknown or a shape does not fit the module.
     """
-    _check(module, tensors)
+    tensors = _checked(module, tensors)
     with _mode(module, training=False):
         return _forward(module, tensors, images, chunk_size)
 
@@ -192,7 +192,7 @@ def evaluate(
     images: torch.Tensor,
     labels: torch.Tensor,
     chunk_size: int = CHUNK_SIZE,
-    batch_size: int = 1024,
+    batch_size: int = 256,
 ) -> Evaluation:
     """Accuracy and loss of many networks, with memory bounded by `chunk_size` networks on `batch_size` images.
 
@@ -256,12 +256,15 @@ def finetune_networks(
         `np.ndarray` of shape `(epochs + 1, networks)`: float32, accuracy on the evaluation images; row 0 is before training.
 
     Raises:
-        ValueError: As in [`batched_logits`].
+        ValueError: As in [`batched_logits`], or if a normalisation layer has `momentum=None`.
     """
-    _check(module, tensors)
-    stacked = _with_buffers(module, tensors)
+    if any(getattr(part, "momentum", 0) is None for part in module.modules()):
+        raise ValueError(
+            "a normalisation layer has momentum=None, which torch.func cannot train; give it a number, e.g. 0.1."
+        )
+    stacked = _with_buffers(module, _checked(module, tensors))
     names = dict(module.named_parameters(remove_duplicate=False))
-    parameters = {name: nn.Parameter(stacked[name]) for name in stacked if name in names}
+    parameters = {name: nn.Parameter(tensor) for name, tensor in stacked.items() if name in names}
     stacked |= parameters
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=weight_decay)
     curve = [evaluate(module, stacked, eval_images, eval_labels).accuracy]
@@ -296,11 +299,11 @@ def condition_norms(
     Raises:
         ValueError: As in [`batched_logits`].
     """
-    _check(module, tensors)
+    checked = _checked(module, tensors)
     norms = [m for m in module.modules() if getattr(m, "running_mean", None) is not None and hasattr(m, "momentum")]
     if not norms:
         return dict(tensors)
-    stacked = _with_buffers(module, tensors)
+    stacked = _with_buffers(module, checked)
     momenta = [norm.momentum for norm in norms]
     with _mode(module, training=False):
         try:
@@ -313,7 +316,7 @@ def condition_norms(
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-    return stacked
+    return dict(tensors) | stacked
 
 
 def _forward(
@@ -335,25 +338,25 @@ def _with_buffers(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dic
     return {name: tensor.detach().clone() for name, tensor in (dict(tensors) | missing).items()}
 
 
-def _check(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def _checked(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, a tied parameter under one of its names only."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     known = parameters | dict(module.named_buffers(remove_duplicate=False))
-    unknown = [name for name in tensors if name not in known]
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]} is not a tensor of {type(module).__name__}; its tensors are {', '.join(known)}."
-        )
-    given = {id(known[name]) for name in tensors}  # a tied parameter is given under any of its names
-    missing = [name for name, parameter in parameters.items() if id(parameter) not in given]
-    if missing:
-        raise ValueError(f"{missing[0]} of {type(module).__name__} is missing among the tensors.")
+    kind = type(module).__name__
     counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors.values()}
     for name, tensor in tensors.items():
+        if name not in known:
+            raise ValueError(f"{name} is not a tensor of {kind}; its tensors are {', '.join(known)}.")
         if tensor.shape[1:] != known[name].shape or len(counts) != 1:
+            expected = ", ".join(["networks", *map(str, known[name].shape)])
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, {type(module).__name__} expects (networks, "
-                f"{', '.join(map(str, known[name].shape))}) with the same number of networks for all tensors."
+                f"{name} has shape {tuple(tensor.shape)}, {kind} expects ({expected}) with as many networks for all tensors."
             )
+    given = {id(known[name]): name for name in reversed(list(tensors))}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in given]
+    if missing:
+        raise ValueError(f"{missing[0]} of {kind} is missing among the tensors.")
+    return {name: tensor for name, tensor in tensors.items() if given[id(known[name])] == name}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Read properties of checkpoints from features: a ridge regression whose strength the validation split chooses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,11 +36,7 @@ def ridge_probe(
     test_y: np.ndarray,
     alphas: Sequence[float] = ALPHAS,
 ) -> ProbeResult:
-    """Ridge regression on standardised features, fitted on the train split only.
-
-    Scaling, constant features and the mean of the property come from the train split; the strength with the smallest
-    squared error on the validation split is taken. All strengths share one eigendecomposition, of the features' or the
-    checkpoints' products, whichever are fewer.
+    """Ridge regression of one property; see [`ridge_probes`].
 
     Args:
         train_x (`np.ndarray` of shape `(train_checkpoints, features)`): float.
@@ -55,27 +51,67 @@ def ridge_probe(
         [`ProbeResult`]: figures and predictions of the test split.
 
     Raises:
+        ValueError: As in [`ridge_probes`].
+    """
+    name = "property"
+    return ridge_probes(train_x, {name: train_y}, val_x, {name: val_y}, test_x, {name: test_y}, alphas)[name]
+
+
+def ridge_probes(
+    train_x: np.ndarray,
+    train_ys: Mapping[str, np.ndarray],
+    val_x: np.ndarray,
+    val_ys: Mapping[str, np.ndarray],
+    test_x: np.ndarray,
+    test_ys: Mapping[str, np.ndarray],
+    alphas: Sequence[float] = ALPHAS,
+) -> dict[str, ProbeResult]:
+    """Ridge regressions of several properties on the same standardised features, fitted on the train split only.
+
+    Scaling, constant features and the means of the properties come from the train split; for each property the strength
+    with the smallest squared error on the validation split is taken. All strengths and properties share one
+    eigendecomposition, of the features' or the checkpoints' products, whichever are fewer.
+
+    Args:
+        train_x (`np.ndarray` of shape `(train_checkpoints, features)`): float.
+        train_ys (`Mapping[str, np.ndarray]`): properties, each `(train_checkpoints,)`.
+        val_x (`np.ndarray` of shape `(validation_checkpoints, features)`): float.
+        val_ys (`Mapping[str, np.ndarray]`): the same properties, each `(validation_checkpoints,)`.
+        test_x (`np.ndarray` of shape `(test_checkpoints, features)`): float.
+        test_ys (`Mapping[str, np.ndarray]`): the same properties, each `(test_checkpoints,)`.
+        alphas (`Sequence[float]`): strengths to try, positive.
+
+    Returns:
+        `dict[str, ProbeResult]`: by property; one that does not vary has NaN figures and a note.
+
+    Raises:
         ValueError: If a split is empty, shapes do not fit or a value is missing.
     """
-    sets = _checked({"train": (train_x, train_y), "validation": (val_x, val_y), "test": (test_x, test_y)})
-    (x, y), (val_x, val_y), (test_x, test_y) = sets
-    if np.ptp(y) == 0:
-        return ProbeResult(
-            *[float("nan")] * 3, np.full(len(test_y), y[0]), "the property does not vary in the train split"
+    splits = {"train": (train_x, train_ys), "validation": (val_x, val_ys), "test": (test_x, test_ys)}
+    (x, ys), (val_x, val_ys), (test_x, test_ys) = (_checked(name, *split) for name, split in splits.items())
+    if not x.shape[1] == val_x.shape[1] == test_x.shape[1]:
+        raise ValueError(
+            f"the splits have {x.shape[1]}, {val_x.shape[1]} and {test_x.shape[1]} features, expected the same number in each."
         )
-
     mean, std = x.mean(0), x.std(0)
     varies = std > 1e-7 * np.abs(mean)  # float32 features carry no more digits
-    if not varies.any():
-        return _result(test_y, np.full(len(test_y), y.mean()), float("nan"), "no feature varies in the train split")
     x, val_x, test_x = ((part[:, varies] - mean[varies]) / std[varies] for part in (x, val_x, test_x))
+    fit = _ridge(x, np.asarray(alphas, np.float64))
 
-    alphas = np.asarray(alphas, np.float64)
-    predict = _ridge_path(x, y - y.mean(), alphas)
-    errors = np.square(predict(val_x) + y.mean() - val_y[:, None]).mean(0)
-    best = int(errors.argmin())
-    note = "the best strength lies at the edge of the grid" if len(alphas) > 1 and best in (0, len(alphas) - 1) else ""
-    return _result(test_y, predict(test_x)[:, best] + y.mean(), float(alphas[best]), note)
+    results = {}
+    for name, y in ys.items():
+        if np.ptp(y) == 0 or not varies.any():
+            what = "the property does not vary" if np.ptp(y) == 0 else "no feature varies"
+            constant = np.full(len(test_x), y.mean())
+            results[name] = ProbeResult(*[float("nan")] * 3, constant, f"{what} in the train split")
+            continue
+        weights = fit(y - y.mean())  # (features, alphas)
+        errors = np.square(val_x @ weights + y.mean() - val_ys[name][:, None]).mean(0)
+        best = int(errors.argmin())
+        at_edge = len(alphas) > 1 and best in (0, len(alphas) - 1)
+        note = "the best strength lies at the edge of the grid" if at_edge else ""
+        results[name] = _result(test_ys[name], test_x @ weights[:, best] + y.mean(), float(alphas[best]), note)
+    return results
 
 
 def bootstrap_r2(
@@ -111,17 +147,16 @@ def bootstrap_r2(
     return float(low), float(high)
 
 
-def _ridge_path(x: np.ndarray, y: np.ndarray, alphas: np.ndarray):
-    """Function from features `(checkpoints, features)` to predictions `(checkpoints, alphas)`; x and y are centred."""
-    if x.shape[1] <= len(x):
-        values, vectors = np.linalg.eigh(x.T @ x)
-        scaled = (vectors.T @ (x.T @ y))[:, None] / (values[:, None].clip(0) + alphas)
-        weights = vectors @ scaled
-    else:  # the same weights through the checkpoints' products: w = Xᵀ (X Xᵀ + alpha)⁻¹ y
-        values, vectors = np.linalg.eigh(x @ x.T)
-        scaled = (vectors.T @ y)[:, None] / (values[:, None].clip(0) + alphas)
-        weights = x.T @ (vectors @ scaled)
-    return lambda features: features @ weights
+def _ridge(x: np.ndarray, alphas: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Function from a centred property `(checkpoints,)` to weights `(features, alphas)`; x is centred."""
+    primal = x.shape[1] <= len(x)
+    values, vectors = np.linalg.eigh(x.T @ x if primal else x @ x.T)
+    inverse = 1 / (values[:, None].clip(0) + alphas)  # (eigenvalues, alphas)
+    if primal:
+        return lambda y: vectors @ ((vectors.T @ (x.T @ y))[:, None] * inverse)
+    return lambda y: (
+        x.T @ (vectors @ ((vectors.T @ y)[:, None] * inverse))
+    )  # the same, by X'(XX' + a)^-1 = (X'X + a)^-1 X'
 
 
 def _result(y: np.ndarray, predictions: np.ndarray, alpha: float, note: str) -> ProbeResult:
@@ -133,19 +168,27 @@ def _result(y: np.ndarray, predictions: np.ndarray, alpha: float, note: str) -> 
     return ProbeResult(float(r2), float(kendalltau(y, predictions).statistic), alpha, predictions, note)
 
 
-def _checked(splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    checked = []
-    for split, (features, values) in splits.items():
-        x, y = np.asarray(features, np.float64), np.asarray(values, np.float64)
-        if x.ndim != 2 or y.shape != x.shape[:1] or not len(x) or (checked and x.shape[1] != checked[0][0].shape[1]):
+def _checked(
+    split: str, features: np.ndarray, properties: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    x, ys = np.asarray(features, np.float64), {name: np.asarray(y, np.float64) for name, y in properties.items()}
+    if x.ndim != 2 or not len(x):
+        raise ValueError(
+            f"the features of the {split} split have shape {x.shape}, expected (checkpoints, features), not empty."
+        )
+    if not np.isfinite(x).all():
+        missing = int((~np.isfinite(x)).any(1).sum())
+        raise ValueError(
+            f"{missing} of {len(x)} checkpoints of the {split} split have features with NaN or infinity; leave them out."
+        )
+    for name, y in ys.items():
+        if y.shape != x.shape[:1]:
             raise ValueError(
-                f"the {split} split has features {x.shape} and values {y.shape}, expected (checkpoints, features) and "
-                "(checkpoints,), at least one checkpoint, and as many features as in the train split."
+                f"{name} of the {split} split has shape {y.shape}, expected ({len(x)},) as the features have rows."
             )
-        missing = int((~np.isfinite(x).all(1) | ~np.isfinite(y)).sum())
+        missing = int((~np.isfinite(y)).sum())
         if missing:
             raise ValueError(
-                f"{missing} of {len(x)} checkpoints of the {split} split have missing or infinite values; leave them out."
+                f"{name} is missing or infinite for {missing} of {len(x)} checkpoints of the {split} split; leave them out."
             )
-        checked.append((x, y))
-    return checked
+    return x, ys

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
 
+from hub_scripts.evaluation.functional import batched_logits, cross_entropy, evaluate
 from hub_scripts.zoos.tasks import SPLITS, Task
 
 INITIALISATIONS = {
@@ -61,7 +61,6 @@ def train_population(
     Yields:
         [`Snapshot`]: at epochs 0, 1, ..., `epochs`.
     """
-    module.train()
     stacked = _initialise(module, members)
     parameters = {name: stacked[name].requires_grad_() for name, _ in module.named_parameters()}
     # AdamW works value by value, so a slice of the stack with its own settings trains exactly as a network of its own
@@ -76,7 +75,8 @@ def train_population(
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(labels), generator=generator)
         for batch in order.split(batch_size):
-            loss = _losses(module, stacked, images[batch], labels[batch]).sum()
+            logits = batched_logits(module, stacked, images[batch], chunk_size=None, training=True)
+            loss = cross_entropy(logits, labels[batch]).sum()  # a sum: each network gets its own gradient, whole
             gradients = torch.autograd.grad(loss, list(parameters.values()))
             for group, (start, stop, _) in zip(leaves, slices, strict=True):
                 for leaf, gradient in zip(group, gradients, strict=True):
@@ -108,29 +108,12 @@ def _runs(values: list) -> list[tuple[int, int, tuple]]:
     return [(start, stop, values[start]) for start, stop in zip(starts, [*starts[1:], len(values)], strict=True)]
 
 
-def _logits(module: nn.Module, stacked: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """(networks, images, classes)"""
-    return vmap(lambda tensors: functional_call(module, tensors, (images,)))(stacked)
-
-
-def _losses(module: nn.Module, stacked: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each network: (networks,)"""
-    logits = _logits(module, stacked, images)
-    targets = labels.expand(len(logits), -1)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
-
-
-@torch.no_grad()
 def _measure(module: nn.Module, stacked: dict[str, torch.Tensor], task: Task) -> dict[str, torch.Tensor]:
-    module.eval()
     metrics = {}
     for split in SPLITS:
-        logits = _logits(module, stacked, task.images[split])
-        labels = task.labels[split].expand(len(logits), -1)
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        metrics[f"{split}_accuracy"] = (logits.argmax(-1) == labels).float().mean(1)
-        metrics[f"{split}_loss"] = losses.view_as(labels).mean(1)
-    module.train()
+        found = evaluate(module, stacked, task.images[split], task.labels[split])
+        metrics[f"{split}_accuracy"] = torch.from_numpy(found.accuracy)
+        metrics[f"{split}_loss"] = torch.from_numpy(found.loss)
     return metrics
 
 

@@ -1,0 +1,48 @@
+"""How well a model reconstructs networks that it has not seen: their weights, and what they do."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hub_scripts.codec import Codec
+from hub_scripts.evaluation.baselines import r2_score_masked, token_pca
+from hub_scripts.evaluation.functional import accuracy, agreement, batched_logits
+from hub_scripts.zoos.zoo import Zoo
+
+
+@torch.no_grad()
+def measure_reconstruction(zoo: Zoo, codec: Codec) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Weights of all test checkpoints, and the function of the last checkpoint of each test model.
+
+    Args:
+        zoo ([`Zoo`]): its test split is measured; its train split fits the PCA floor.
+        codec ([`Codec`]): the model.
+
+    Returns:
+        `dict`: `compression` (real weight values per latent value), `r2`, `r2_pca` (the better of a PCA for each token
+        position and one for all, with as many components as a latent has values), `accuracy_original`, `accuracy_decoded`,
+        `agreement` (share of test images with the same prediction); and the tokens of the last checkpoints, `original` and
+        `decoded`, each `(models, tokens, token_size)`.
+    """
+    layout, size = codec.layout, codec.model.config.latent_size
+    tokens = codec.tokens(zoo.stacked("test"))
+    decoded = codec.decode(codec.encode(tokens))
+    train = codec.tokens(zoo.stacked("train"))
+    floors = [token_pca(train, layout.value_mask, size, per_position=each).reconstruct(tokens) for each in (True, False)]
+
+    epochs = zoo.column("test", "epoch")
+    last = torch.from_numpy(np.flatnonzero(epochs == epochs.max()))
+    images, labels = zoo.task.images["test"], zoo.task.labels["test"]
+    original_logits, decoded_logits = (batched_logits(zoo.module, codec.tensors(t[last]), images) for t in (tokens, decoded))
+    figures = {
+        "compression": layout.num_parameters / (layout.num_tokens * size),
+        "r2": r2_score_masked(tokens, decoded, layout.value_mask),
+        "r2_pca": max(r2_score_masked(tokens, floor, layout.value_mask) for floor in floors),
+        "accuracy_original": float(accuracy(original_logits, labels).mean()),
+        "accuracy_decoded": float(accuracy(decoded_logits, labels).mean()),
+        "agreement": float(agreement(original_logits, decoded_logits).mean()),
+        "checkpoints": len(tokens),
+        "models": len(last),
+    }
+    return figures, {"original": tokens[last], "decoded": decoded[last]}
