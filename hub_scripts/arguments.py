@@ -54,7 +54,9 @@ def run_command(command: Callable[[Any], Any], arguments: Any, program: str) -> 
     try:
         command(arguments)
     except OSError as error:
-        reason = "there is no space left on the device; free some and start again" if error.errno == errno.ENOSPC else error
+        reason = (
+            "there is no space left on the device; free some and start again" if error.errno == errno.ENOSPC else error
+        )
         _fail(program, reason)
     except ValueError as error:
         _fail(program, error)

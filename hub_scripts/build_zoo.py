@@ -33,13 +33,18 @@ class BuildZooArguments:
     """
 
     output_dir: str = field(metadata={"help": "Folder of the zoo; must not exist yet."})
-    task: str = field(default="digits", metadata={"help": "What the networks learn: 'digits' (in scikit-learn, 8x8 images)."})
+    task: str = field(
+        default="digits", metadata={"help": "What the networks learn: 'digits' (in scikit-learn, 8x8 images)."}
+    )
     architecture: str = field(
-        default="hub_scripts.zoos.architectures:SmallCNN", metadata={"help": "The networks, as 'package.module:Callable'."}
+        default="hub_scripts.zoos.architectures:SmallCNN",
+        metadata={"help": "The networks, as 'package.module:Callable'."},
     )
     architecture_kwargs: str = field(default="{}", metadata={"help": "Its keyword arguments, as JSON."})
     num_models: int = field(default=128, metadata={"help": "Networks to train."})
-    epochs: int = field(default=10, metadata={"help": "Passes over the training images; a checkpoint is kept at epochs 0, 1, ..."})
+    epochs: int = field(
+        default=10, metadata={"help": "Passes over the training images; a checkpoint is kept at epochs 0, 1, ..."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Images in a training step."})
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-3, 2e-3, 5e-3, 1e-2], metadata={"help": "AdamW learning rates to sweep over."}
@@ -48,7 +53,8 @@ class BuildZooArguments:
         default_factory=lambda: [0.0, 1e-1], metadata={"help": "AdamW weight decays to sweep over."}
     )
     initialisations: list[str] = field(
-        default_factory=lambda: [*INITIALISATIONS], metadata={"help": f"Initialisations to sweep over: {', '.join(INITIALISATIONS)}."}
+        default_factory=lambda: [*INITIALISATIONS],
+        metadata={"help": f"Initialisations to sweep over: {', '.join(INITIALISATIONS)}."},
     )
     seed: int = field(default=0, metadata={"help": "Of initial weights, order of images, and splits."})
 
@@ -62,7 +68,9 @@ class BuildZooArguments:
                 raise ValueError(f"--{name.replace('_', '-')} is empty, expected at least one value.")
         unknown = set(self.initialisations) - set(INITIALISATIONS)
         if unknown:
-            raise ValueError(f"--initialisations {unknown.pop()} is not known, expected some of {', '.join(INITIALISATIONS)}.")
+            raise ValueError(
+                f"--initialisations {unknown.pop()} is not known, expected some of {', '.join(INITIALISATIONS)}."
+            )
 
 
 def build_zoo(args: BuildZooArguments) -> dict[str, Any]:
@@ -99,7 +107,10 @@ def build_zoo(args: BuildZooArguments) -> dict[str, Any]:
             "seconds_align": round(seconds_align, 2),
             "arguments": {k: v for k, v in asdict(args).items() if k != "output_dir"},
         }
-        rows = {split: _rows(args, members, snapshots, models, alignment, reference, layout) for split, models in splits.items()}
+        rows = {
+            split: _rows(args, members, snapshots, models, alignment, reference, layout)
+            for split, models in splits.items()
+        }
         columns = features(members[0].hparams)
         for split in SPLITS:
             write_split(folder, split, rows[split], columns)

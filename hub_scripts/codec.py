@@ -20,7 +20,9 @@ class Codec:
         chunk_size (`int`): networks at a time.
     """
 
-    def __init__(self, model: SaneModel, tokenizer: SaneWeightTokenizer, layout: CheckpointLayout, chunk_size: int = 64):
+    def __init__(
+        self, model: SaneModel, tokenizer: SaneWeightTokenizer, layout: CheckpointLayout, chunk_size: int = 64
+    ):
         if model.config.token_size != tokenizer.token_size:
             raise ValueError(
                 f"the model reads tokens of {model.config.token_size} values, the tokenizer makes tokens of "
@@ -58,6 +60,8 @@ class Codec:
         for start in range(0, len(sequences), self.chunk_size):
             chunk = torch.as_tensor(np.asarray(sequences[start : start + self.chunk_size]), device=self.model.device)
             kinds = self.layout.layer_kind_ids.to(chunk.device).expand(len(chunk), -1)
-            out = function(chunk, self.layout.position_ids.to(chunk.device), layer_kind_ids=kinds, batch_size=self.chunk_size)
+            out = function(
+                chunk, self.layout.position_ids.to(chunk.device), layer_kind_ids=kinds, batch_size=self.chunk_size
+            )
             chunks.append(out.float().cpu())
         return torch.cat(chunks)

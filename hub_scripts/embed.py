@@ -32,9 +32,13 @@ class EmbedArguments:
 
     model: str = field(metadata={"help": "Folder or Hub repository of a SANE model with its tokenizer."})
     output_dir: str = field(metadata={"help": "Folder for embeddings.parquet; must not exist yet."})
-    feature: str = field(default=DEFAULT_FEATURE, metadata={"help": f"How latents become one vector: {', '.join(FEATURES)}."})
+    feature: str = field(
+        default=DEFAULT_FEATURE, metadata={"help": f"How latents become one vector: {', '.join(FEATURES)}."}
+    )
     sources: list[str] = field(
-        default_factory=list, init=False, metadata={"help": "A zoo (folder or Hub dataset), or safetensors files or folders."}
+        default_factory=list,
+        init=False,
+        metadata={"help": "A zoo (folder or Hub dataset), or safetensors files or folders."},
     )
 
     def __post_init__(self):
@@ -92,7 +96,9 @@ def _embed_zoo(zoo: Zoo, model: SaneModel, tokenizer: SaneWeightTokenizer, funct
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `sane embed`."""
     args = parse_arguments(EmbedArguments, argv, PROGRAM)
-    run_command(lambda a: print(f"{embed(a)['checkpoints']} embeddings in {a.output_dir}/{EMBEDDINGS_FILE}"), args, PROGRAM)
+    run_command(
+        lambda a: print(f"{embed(a)['checkpoints']} embeddings in {a.output_dir}/{EMBEDDINGS_FILE}"), args, PROGRAM
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ class FinetuneArguments:
         if self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}, expected at least 1.")
         if all(name == SCRATCH for name in self.init):
-            raise ValueError("--init needs at least one set of networks beside 'scratch': it says which architecture to train.")
+            raise ValueError(
+                "--init needs at least one set of networks beside 'scratch': it says which architecture to train."
+            )
 
 
 def finetune(args: FinetuneArguments) -> dict[str, Any]:

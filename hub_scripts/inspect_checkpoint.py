@@ -22,7 +22,9 @@ class InspectArguments:
     token_size: int = field(default=288, metadata={"help": "Weight values in a token."})
     packing: str = field(default="dense", metadata={"help": "How layers are cut: dense, flat or paper."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
-    source: list[str] = field(default_factory=list, init=False, metadata={"help": "A safetensors file, or a folder with them."})
+    source: list[str] = field(
+        default_factory=list, init=False, metadata={"help": "A safetensors file, or a folder with them."}
+    )
 
 
 def inspect_checkpoint(source: str, token_size: int = 288, packing: str = "dense") -> dict[str, Any]:

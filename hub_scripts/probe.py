@@ -38,9 +38,12 @@ class ProbeArguments:
     properties: list[str] = field(
         default_factory=lambda: [*DEFAULT_PROPERTIES], metadata={"help": "Numeric columns of the zoo to predict."}
     )
-    feature: str = field(default=DEFAULT_FEATURE, metadata={"help": f"How latents become one vector: {', '.join(FEATURES)}."})
+    feature: str = field(
+        default=DEFAULT_FEATURE, metadata={"help": f"How latents become one vector: {', '.join(FEATURES)}."}
+    )
     first_epoch: int = field(
-        default=1, metadata={"help": "Leave out checkpoints before this epoch: untouched zero biases give epoch 0 away."}
+        default=1,
+        metadata={"help": "Leave out checkpoints before this epoch: untouched zero biases give epoch 0 away."},
     )
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
@@ -57,7 +60,9 @@ def probe(args: ProbeArguments) -> dict[str, Any]:
         chosen = {split: np.flatnonzero(zoo.column(split, "epoch") >= args.first_epoch) for split in SPLITS}
         empty = [split for split, rows in chosen.items() if not len(rows)]
         if empty:
-            raise ValueError(f"{args.zoo} has no checkpoints of epoch {args.first_epoch} or later in its {empty[0]} split.")
+            raise ValueError(
+                f"{args.zoo} has no checkpoints of epoch {args.first_epoch} or later in its {empty[0]} split."
+            )
         features = _features(zoo, codec, args.feature, chosen)
         results: dict[str, Any] = {}
         predictions: dict[str, Any] = {}

@@ -29,7 +29,16 @@ from hub_scripts.zoos.zoo import Zoo
 PROGRAM = "sane quickstart"
 PRESETS = ("default", "tiny")
 STEPS_FILE = "steps.json"
-PACKAGES = ("sane-hub", "torch", "transformers", "huggingface-hub", "datasets", "accelerate", "safetensors", "scikit-learn")
+PACKAGES = (
+    "sane-hub",
+    "torch",
+    "transformers",
+    "huggingface-hub",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "scikit-learn",
+)
 
 
 @dataclass
@@ -43,7 +52,9 @@ class QuickstartArguments:
     """
 
     output_dir: str = field(metadata={"help": "Folder for zoo, model, figures and report.html."})
-    preset: str = field(default="default", metadata={"help": "default (under ten minutes on two cores) or tiny (about a minute)."})
+    preset: str = field(
+        default="default", metadata={"help": "default (under ten minutes on two cores) or tiny (about a minute)."}
+    )
     seed: int = field(default=0, metadata={"help": "Of everything that is drawn."})
 
     def __post_init__(self):
@@ -109,7 +120,9 @@ def quickstart(args: QuickstartArguments) -> dict[str, Any]:
         "Predicting accuracy, epoch and generalisation gap of unseen networks from their embeddings, against simple statistics.",
         lambda: _unless(
             folder / "probe",
-            lambda: probe(ProbeArguments(model=model, zoo=zoo, output_dir=str(folder / "probe"), seed=seed, **settings["probe"])),
+            lambda: probe(
+                ProbeArguments(model=model, zoo=zoo, output_dir=str(folder / "probe"), seed=seed, **settings["probe"])
+            ),
         ),
     )
     steps(
@@ -118,7 +131,9 @@ def quickstart(args: QuickstartArguments) -> dict[str, Any]:
         lambda: _unless(
             folder / "sample",
             lambda: sample(
-                SampleArguments(model=model, zoo=zoo, output_dir=str(folder / "sample"), seed=seed, **settings["sample"])
+                SampleArguments(
+                    model=model, zoo=zoo, output_dir=str(folder / "sample"), seed=seed, **settings["sample"]
+                )
             ),
         ),
     )
@@ -160,7 +175,13 @@ def _reconstruct(zoo: str, model: str, output_dir: Path) -> None:
     opened = Zoo(zoo)
     codec = Codec.from_pretrained(model, opened.layout)
     figures, tokens = measure_reconstruction(opened, codec)
-    best = int(np.argmax(opened.column("test", "test_accuracy")[opened.column("test", "epoch") == opened.column("test", "epoch").max()]))
+    best = int(
+        np.argmax(
+            opened.column("test", "test_accuracy")[
+                opened.column("test", "epoch") == opened.column("test", "epoch").max()
+            ]
+        )
+    )
     kernels = [
         next(t for t in codec.tensors(tokens[kind][best : best + 1]).values() if t.dim() == 5)[0].flatten(0, 1).numpy()
         for kind in ("original", "decoded")
@@ -174,7 +195,11 @@ def _collect(folder: Path, done: dict[str, Any], seed: int) -> dict[str, Any]:
     """All figures in one place."""
     zoo = read_json(folder / "zoo" / "zoo.json")
     seconds = dict(done["seconds"])
-    seconds |= {"zoo": zoo["seconds_train"], "align": zoo["seconds_align"], "train": read_json(folder / "model" / "results.json")["seconds"]}
+    seconds |= {
+        "zoo": zoo["seconds_train"],
+        "align": zoo["seconds_align"],
+        "train": read_json(folder / "model" / "results.json")["seconds"],
+    }
     return {
         "zoo": {"models": zoo["num_models"], "checkpoints": zoo["num_checkpoints"], "seconds": zoo["seconds_train"]},
         "reconstruction": read_json(folder / "reconstruction" / "results.json")["reconstruction"],
@@ -185,7 +210,8 @@ def _collect(folder: Path, done: dict[str, Any], seed: int) -> dict[str, Any]:
         "seconds": seconds | {"total": round(sum(done["seconds"].values()), 2)},
         "peak_memory_bytes": done["peak_memory_bytes"],
         "seed": seed,
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
@@ -278,9 +304,7 @@ def _report(folder: Path, results: dict[str, Any]) -> None:
 def _print(results: dict[str, Any], output_dir: str) -> None:
     reconstruction, samples = results["reconstruction"], results["sample"]
     probes = results["probe"]["test_accuracy"]
-    first, last = (
-        {n: c[i] for n, c in results["finetune"].items() if n not in ("epochs", "std")} for i in (0, -1)
-    )
+    first, last = ({n: c[i] for n, c in results["finetune"].items() if n not in ("epochs", "std")} for i in (0, -1))
     print(
         f"""
 In {results["seconds"]["total"]:.0f} s, all on networks that SANE has not seen:

@@ -41,15 +41,19 @@ class SampleArguments:
     zoo: str = field(metadata={"help": "Folder of a zoo, or a dataset repository on the Hub."})
     output_dir: str = field(metadata={"help": "Folder for networks, results.json and plots; must not exist yet."})
     anchors: str = field(
-        default="top:10", metadata={"help": "Networks to sample around, last epoch of the train split: top:N or random:N."}
+        default="top:10",
+        metadata={"help": "Networks to sample around, last epoch of the train split: top:N or random:N."},
     )
     mode: list[str] = field(
         default_factory=lambda: [*MODES],
         metadata={"help": "What one draw takes from one anchor: joint (the whole network), token, or dimension."},
     )
-    bandwidth: float = field(default=0.2, metadata={"help": "Standard deviation of the kernels in the latents' own unit."})
+    bandwidth: float = field(
+        default=0.2, metadata={"help": "Standard deviation of the kernels in the latents' own unit."}
+    )
     bandwidths: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 0.2, 0.4], metadata={"help": "More bandwidths, for the plot of accuracy against distance."}
+        default_factory=lambda: [0.05, 0.1, 0.2, 0.4],
+        metadata={"help": "More bandwidths, for the plot of accuracy against distance."},
     )
     noises: list[float] = field(
         default_factory=lambda: [0.05, 0.1, 0.2, 0.4],
@@ -158,7 +162,9 @@ def choose_anchors(zoo: Zoo, rule: str, seed: int) -> np.ndarray:
     epochs = zoo.column("train", "epoch")
     last = np.flatnonzero(epochs == epochs.max())
     if int(number) > len(last):
-        raise ValueError(f"--anchors {rule} asks for more than the {len(last)} models of the train split of {zoo.name}.")
+        raise ValueError(
+            f"--anchors {rule} asks for more than the {len(last)} models of the train split of {zoo.name}."
+        )
     if kind == "random":
         return np.random.default_rng(seed).choice(last, int(number), replace=False)
     return last[np.argsort(-zoo.column("train", "validation_accuracy")[last], kind="stable")[: int(number)]]
@@ -169,8 +175,14 @@ def _point(name: str, value: float, result: Mapping[str, Any]) -> dict[str, floa
     return {name: value, **{key: figures[key] for key in ("accuracy_mean", "nearest_train_distance")}}
 
 
-def _write(folder: Path, args: SampleArguments, zoo: Zoo, sets: dict, results: dict, curves: dict, rows: np.ndarray) -> None:
-    best = {name: result["order"][: args.keep] for name, result in sets.items() if name not in ("unseen", "decoded_anchors")}
+def _write(
+    folder: Path, args: SampleArguments, zoo: Zoo, sets: dict, results: dict, curves: dict, rows: np.ndarray
+) -> None:
+    best = {
+        name: result["order"][: args.keep]
+        for name, result in sets.items()
+        if name not in ("unseen", "decoded_anchors")
+    }
     networks = {name: {k: t[index.copy()] for k, t in sets[name]["tensors"].items()} for name, index in best.items()}
     row = zoo.rows("train")[int(rows[0])]
     info = {
@@ -193,7 +205,10 @@ def _write(folder: Path, args: SampleArguments, zoo: Zoo, sets: dict, results: d
     plots.accuracy_histogram(shown).savefig(folder / "accuracy.png")
     scatter = {name: (result["distance"], result["accuracy"]) for name, result in sets.items()}
     plots.accuracy_against_distance(scatter).savefig(folder / "accuracy_against_distance.png")
-    write_json(folder / "results.json", {"sample": results, "curves": curves, "anchors": info["anchors"], "arguments": asdict(args)})
+    write_json(
+        folder / "results.json",
+        {"sample": results, "curves": curves, "anchors": info["anchors"], "arguments": asdict(args)},
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -51,7 +51,10 @@ class TrainArguments:
     zoo: str = field(metadata={"help": "Folder of a zoo, or a dataset repository on the Hub."})
     output_dir: str = field(metadata={"help": "Folder for the model; also holds the checkpoints while training."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start from this model (folder or Hub repository) and its tokenizer's token size and packing."}
+        default=None,
+        metadata={
+            "help": "Start from this model (folder or Hub repository) and its tokenizer's token size and packing."
+        },
     )
     token_size: int = field(default=32, metadata={"help": "Weight values in a token."})
     packing: str = field(default="flat", metadata={"help": "How layers are cut: dense, flat or paper."})
@@ -59,43 +62,69 @@ class TrainArguments:
     hidden_size: int = field(default=96, metadata={"help": "Width of the transformer blocks."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Blocks of the encoder, and of the decoder."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of a block."})
-    position_encoding: str = field(default="sinusoidal", metadata={"help": "sinusoidal (no maximum length) or learned."})
+    position_encoding: str = field(
+        default="sinusoidal", metadata={"help": "sinusoidal (no maximum length) or learned."}
+    )
     window_size: int | None = field(
         default=None, metadata={"help": "Tokens in a training window; by default the whole network, 256 at the most."}
     )
     initializer_range: float = field(default=0.06, metadata={"help": "Standard deviation of the initial weights."})
     linear_start: bool = field(
-        default=True, metadata={"help": "Start from the best linear autoencoder of the tokens instead of random projections."}
+        default=True,
+        metadata={"help": "Start from the best linear autoencoder of the tokens instead of random projections."},
     )
     batch_size: int = field(default=64, metadata={"help": "Checkpoints in an optimizer step, over all processes."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Parts that a step's batch is computed in."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate of AdamW."})
     weight_decay: float = field(default=3e-9, metadata={"help": "Weight decay of AdamW; the paper's default."})
-    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the run in which the learning rate rises; a cosine follows."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 for no clipping."})
+    warmup_ratio: float = field(
+        default=0.05, metadata={"help": "Share of the run in which the learning rate rises; a cosine follows."}
+    )
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 for no clipping."}
+    )
     epochs: int = field(default=50, metadata={"help": "Passes over the train split, if --max-steps is not given."})
     max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
     max_minutes: float | None = field(
-        default=None, metadata={"help": "End after so many minutes of training at the latest; the learning rate follows."}
+        default=None,
+        metadata={"help": "End after so many minutes of training at the latest; the learning rate follows."},
     )
-    contrastive_weight: float = field(default=0.05, metadata={"help": "Weight of the contrastive loss between the two views; 0 for none."})
-    permute: bool = field(default=True, metadata={"help": "Second view: a random symmetry of the network, not only other noise."})
+    contrastive_weight: float = field(
+        default=0.05, metadata={"help": "Weight of the contrastive loss between the two views; 0 for none."}
+    )
+    permute: bool = field(
+        default=True, metadata={"help": "Second view: a random symmetry of the network, not only other noise."}
+    )
     noise: float = field(default=0.1, metadata={"help": "Multiplicative Gaussian noise on both views; 0 for none."})
     behavioural_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the loss between the outputs of decoded and original networks; 0 for none."}
+        default=0.1,
+        metadata={"help": "Weight of the loss between the outputs of decoded and original networks; 0 for none."},
     )
-    behavioural_networks: int = field(default=16, metadata={"help": "Networks of a batch that are decoded and run for that loss."})
-    behavioural_images: int = field(default=48, metadata={"help": "Images of the task's train split that they are run on."})
-    normalize_targets: bool = field(default=False, metadata={"help": "Measure a token's error in its own standard deviation (mixed zoos)."})
-    eval_steps: int = field(default=100, metadata={"help": "Optimizer steps between evaluations on the validation split."})
+    behavioural_networks: int = field(
+        default=16, metadata={"help": "Networks of a batch that are decoded and run for that loss."}
+    )
+    behavioural_images: int = field(
+        default=48, metadata={"help": "Images of the task's train split that they are run on."}
+    )
+    normalize_targets: bool = field(
+        default=False, metadata={"help": "Measure a token's error in its own standard deviation (mixed zoos)."}
+    )
+    eval_steps: int = field(
+        default=100, metadata={"help": "Optimizer steps between evaluations on the validation split."}
+    )
     save_steps: int = field(default=100, metadata={"help": "Optimizer steps between checkpoints."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest' goes on from the newest checkpoint in --output-dir (or starts, if there is none)."}
+        default=None,
+        metadata={
+            "help": "'latest' goes on from the newest checkpoint in --output-dir (or starts, if there is none)."
+        },
     )
     num_workers: int = field(default=0, metadata={"help": "Processes that make batches beside each training process."})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
-    report_to: str = field(default="none", metadata={"help": "Tracker that Accelerate knows (tensorboard, trackio, wandb), or none."})
+    report_to: str = field(
+        default="none", metadata={"help": "Tracker that Accelerate knows (tensorboard, trackio, wandb), or none."}
+    )
     seed: int = field(default=0, metadata={"help": "Of initial weights, windows, views and order."})
 
     def __post_init__(self):
@@ -105,7 +134,14 @@ class TrainArguments:
                 raise ValueError(f"--{name.replace('_', '-')} is the text {value!r}; in YAML write 1.0e-4, not 1e-4.")
             if value < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, expected 0 or more.")
-        for name in ("batch_size", "epochs", "eval_steps", "save_steps", "save_total_limit", "gradient_accumulation_steps"):
+        for name in (
+            "batch_size",
+            "epochs",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "gradient_accumulation_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1.")
         if self.resume_from_checkpoint not in (None, "latest"):
@@ -141,7 +177,13 @@ def train(args: TrainArguments) -> dict[str, Any]:
     spec = zoo.symmetries if args.permute else None
     dataset = WindowDataset(tokens["train"], layout, config.window_size, spec, args.noise, args.seed)
     sampler = StepSampler(
-        len(dataset), args.batch_size, run.step, run.max_steps, args.seed, accelerator.process_index, accelerator.num_processes
+        len(dataset),
+        args.batch_size,
+        run.step,
+        run.max_steps,
+        args.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers)
     codec = Codec(accelerator.unwrap_model(model).sane, tokenizer, layout)
@@ -153,7 +195,9 @@ def train(args: TrainArguments) -> dict[str, Any]:
         f"{layout.token_size} values a network, {compression(layout, config.latent_size):.2f} weight values per latent value; "
         f"{len(dataset)} checkpoints, {run.max_steps} steps, {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-    with tqdm(total=run.max_steps, initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process) as bar:
+    with tqdm(
+        total=run.max_steps, initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process
+    ) as bar:
         for batch in loader:
             losses = _step(args, accelerator, model, optimizer, run, batch, behaviour)
             bar.update()
@@ -161,7 +205,11 @@ def train(args: TrainArguments) -> dict[str, Any]:
             if run.step % args.eval_steps == 0 or last:
                 scores = validation(model)
                 run.log(losses, scores)
-                bar.set_postfix(loss=f"{losses['loss']:.4f}", r2=f"{scores['r2']:.3f}", accuracy=f"{scores['accuracy_decoded']:.3f}")
+                bar.set_postfix(
+                    loss=f"{losses['loss']:.4f}",
+                    r2=f"{scores['r2']:.3f}",
+                    accuracy=f"{scores['accuracy_decoded']:.3f}",
+                )
             if run.step % args.save_steps == 0 or last:
                 run.save(output_dir)
             if last:
@@ -209,7 +257,9 @@ def _claim(args: TrainArguments, output_dir: Path, is_main_process: bool) -> Non
     changeable = {"output_dir", "resume_from_checkpoint", "num_workers", "report_to", "save_total_limit"}
     claimed = claim_folder(output_dir, "train", {k: v for k, v in asdict(args).items() if k not in changeable})
     if claimed and not args.resume_from_checkpoint:
-        raise ValueError(f"{output_dir} already holds a training run; add --resume-from-checkpoint latest to go on with it.")
+        raise ValueError(
+            f"{output_dir} already holds a training run; add --resume-from-checkpoint latest to go on with it."
+        )
 
 
 def _tokenizer(args: TrainArguments, zoo: Zoo) -> SaneWeightTokenizer:
@@ -220,7 +270,9 @@ def _tokenizer(args: TrainArguments, zoo: Zoo) -> SaneWeightTokenizer:
     else:
         tokenizer = SaneWeightTokenizer(args.token_size, args.packing, "zoo")
     rows = range(len(zoo.rows("train")))
-    return tokenizer.fit((zoo.state_dict("train", row) for row in tqdm(rows, desc="statistics", leave=False)), zoo.layout)
+    return tokenizer.fit(
+        (zoo.state_dict("train", row) for row in tqdm(rows, desc="statistics", leave=False)), zoo.layout
+    )
 
 
 def _model(args: TrainArguments, layout, tokens: np.ndarray) -> SaneForPreTraining:
@@ -272,7 +324,9 @@ def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[st
             terms["loss"] = loss
             if not torch.isfinite(loss):
                 rows = batch["row"][part].tolist()
-                raise ValueError(f"the loss is {loss.item()} at step {run.step}; the batch held rows {rows} of the train split.")
+                raise ValueError(
+                    f"the loss is {loss.item()} at step {run.step}; the batch held rows {rows} of the train split."
+                )
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
                 terms["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -280,7 +334,9 @@ def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[st
             optimizer.zero_grad()
         for name, value in terms.items():
             if value is not None:
-                losses[name] = losses.get(name, 0.0) + float(value.detach()) * (1 if name == "grad_norm" else len(part) / count)
+                losses[name] = losses.get(name, 0.0) + float(value.detach()) * (
+                    1 if name == "grad_norm" else len(part) / count
+                )
     run.advance(optimizer)
     return losses
 
@@ -396,7 +452,9 @@ class _Validation:
         self.codec, self.accelerator, self.module = codec, accelerator, zoo.module
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         self.tokens = torch.from_numpy(np.ascontiguousarray(tokens[mine]))
-        self.last = torch.from_numpy((zoo.column("validation", "epoch") == zoo.column("validation", "epoch").max())[mine])
+        self.last = torch.from_numpy(
+            (zoo.column("validation", "epoch") == zoo.column("validation", "epoch").max())[mine]
+        )
         self.images, self.labels = zoo.task.images["validation"], zoo.task.labels["validation"]
 
     def __call__(self, model) -> dict[str, float]:
@@ -411,7 +469,14 @@ class _Validation:
             for t in (decoded, self.tokens)
         ]
         values = self.tokens[:, mask].double()
-        sums = [((decoded[:, mask] - values) ** 2).sum(), values.sum(), (values**2).sum(), values.numel(), *hits, len(chosen)]
+        sums = [
+            ((decoded[:, mask] - values) ** 2).sum(),
+            values.sum(),
+            (values**2).sum(),
+            values.numel(),
+            *hits,
+            len(chosen),
+        ]
         totals = torch.tensor([float(s) for s in sums], dtype=torch.float64)
         error, total, squares, count, hit, hit_original, networks = self.accelerator.reduce(
             totals.to(self.accelerator.device), "sum"

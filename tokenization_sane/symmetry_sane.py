@@ -22,8 +22,9 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -331,17 +332,20 @@ class SymmetrySpec:
                         )
                     item.check(group.size, found[item.axis])
 
-    def verify(self, module: nn.Module, example_inputs: Any) -> list[VerificationReport]:
+    def verify(
+        self, module: nn.Module, example_inputs: Any, select_outputs: Callable[[Any], Any] | None = None
+    ) -> list[VerificationReport]:
         """Try every group on the function of a module (a copy of it, in float64, with random weights).
 
         Args:
             module: network of the architecture that the spec is for.
             example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+            select_outputs: picks what must not change from what the module returns; as for `find_symmetries`.
 
         Returns:
             One `VerificationReport` for each group, in their order.
         """
-        function = _Function(module, example_inputs)
+        function = _Function(module, example_inputs, select_outputs)
         self.check(function.tensors)
         return [function.report(group) for group in self.groups]
 
@@ -406,8 +410,11 @@ class _Function:
     would hide tensors that a group forgot.
     """
 
-    def __init__(self, module: nn.Module, example_inputs: Any) -> None:
+    def __init__(
+        self, module: nn.Module, example_inputs: Any, select_outputs: Callable[[Any], Any] | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.select_outputs = select_outputs or (lambda outputs: outputs)
         self.module = copy.deepcopy(module).cpu().double().eval().requires_grad_(True)
         with torch.no_grad():
             for tensor in self.module.parameters():
@@ -425,7 +432,7 @@ class _Function:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a module that draws noise draws the same noise each time
             outputs = torch.func.functional_call(self.module, dict(tensors or {}), self.args, self.kwargs)
-        found = list(_tensors(outputs))
+        found = list(_tensors(self.select_outputs(outputs)))
         if not found:
             raise ValueError("The module returned no floating tensor, so its symmetries cannot be tried.")
         return found
@@ -528,7 +535,12 @@ def _derangement(size: int, generator: torch.Generator) -> Tensor:
 # --- finding groups
 
 
-def find_symmetries(module: nn.Module, example_inputs: Any, time_limit_s: float = 120.0) -> SymmetrySpec:
+def find_symmetries(
+    module: nn.Module,
+    example_inputs: Any,
+    time_limit_s: float = 120.0,
+    select_outputs: Callable[[Any], Any] | None = None,
+) -> SymmetrySpec:
     """Find the permutation symmetries of a network, and verify each of them on its function.
 
     Args:
@@ -536,6 +548,8 @@ def find_symmetries(module: nn.Module, example_inputs: Any, time_limit_s: float 
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. Small ones are enough and
             fast: every group costs four forward passes.
         time_limit_s: seconds after which groups that are not yet verified are left out.
+        select_outputs: picks what must not change from what the module returns (default: every floating tensor in it), for
+            instance `lambda outputs: outputs.logits` where hidden states are returned as well.
 
     Returns:
         The spec: verified groups, and the rejected ones with the reason. The same for every call.
@@ -544,27 +558,20 @@ def find_symmetries(module: nn.Module, example_inputs: Any, time_limit_s: float 
         ValueError: if the module does not run on the example inputs or cannot be traced.
     """
     deadline = time.monotonic() + time_limit_s
-    function = _Function(module, example_inputs)
+    function = _Function(module, example_inputs, select_outputs)
+    trial = _Trial(function)
     groups: list[SymmetryGroup] = []
     rejected: list[RejectedGroup] = []
     for found in _traced_groups(function, deadline):
-        name, size, reason = found.name, found.size, ""
         if time.monotonic() > deadline:
-            reason = f"not verified within {time_limit_s:g} s"
-        else:
-            report = None
-            for variant in found.variants():
-                report = function.report(variant)
-                if report.ok:
-                    groups.append(
-                        SymmetryGroup(variant.name, variant.kind, variant.size, variant.items, report.max_error)
-                    )
-                    break
-            if not report.ok:
-                reason = "its units are those of a model output; " if found.reaches_output else ""
-                reason += f"changes the function by {report.max_error:.1e} (control {report.control_error:.1e})"
-        if reason:
-            rejected.append(RejectedGroup(name, size, reason))
+            rejected.append(RejectedGroup(found.name, found.size, f"not verified within {time_limit_s:g} s"))
+            continue
+        verified, report = trial.verified_groups(found)
+        groups.extend(verified)
+        if not verified:
+            reason = "its units are those of a model output; " if found.reaches_output else ""
+            reason += f"changes the function by {report.max_error:.1e} (control {report.control_error:.1e})"
+            rejected.append(RejectedGroup(found.name, found.size, reason))
     touched = {item.tensor for group in groups for item in group.items}
     return SymmetrySpec(
         groups=tuple(groups),
@@ -574,36 +581,137 @@ def find_symmetries(module: nn.Module, example_inputs: Any, time_limit_s: float 
     )
 
 
+_Rows = dict[tuple[str, int], np.ndarray]  # (tensor, axis) -> indices, int64 of shape (units, repeat)
+
+
 class _FoundGroup(NamedTuple):
     """Units that the graph says belong together, before anything is tried."""
 
-    rows: dict[tuple[str, int], np.ndarray]  # (tensor, axis) -> indices, int64 of shape (units, repeat)
+    rows: _Rows
     reaches_output: bool
 
     @property
     def name(self) -> str:
-        tensor, axis = next(iter(self.rows))
-        offset = min(rows.min() for rows in list(self.rows.values())[:1])
-        return f"{tensor}@{axis}" + (f"+{offset}" if offset else "")
+        return _name(self.rows)
 
     @property
     def size(self) -> int:
         return len(next(iter(self.rows.values())))
 
-    def variants(self) -> Iterator[SymmetryGroup]:
-        """Groups to try, in this order: as found; with repeated indices taken in strides (a flatten after a permute)."""
-        yield self._group(self.rows)
-        if any(rows.shape[1] > 1 for rows in self.rows.values()):
-            yield self._group({key: _strided(rows) for key, rows in self.rows.items()})
 
-    def _group(self, rows: Mapping[tuple[str, int], np.ndarray]) -> SymmetryGroup:
+def _name(rows: _Rows) -> str:
+    (tensor, axis), indices = next(iter(rows.items()))
+    return f"{tensor}@{axis}" + (f"+{indices.min()}" if indices.min() else "")
+
+
+def _strided(rows: _Rows) -> _Rows:
+    """The same indices, dealt out to the units in turns: a flatten after the channels became the last axis."""
+    return {key: np.sort(indices, axis=None).reshape(indices.shape[::-1]).T for key, indices in rows.items()}
+
+
+def _blocks(rows: _Rows, count: int) -> _Rows:
+    """Units joined to `count` blocks that move as a whole: attention heads, for instance."""
+    return {key: indices.reshape(count, -1) for key, indices in rows.items()}
+
+
+def _within(rows: _Rows, count: int) -> _Rows:
+    """Units that stay in their block and move alike in each of `count` blocks: channels inside attention heads."""
+    return {
+        key: indices.reshape(count, -1, indices.shape[1]).transpose(1, 2, 0).reshape(len(indices) // count, -1)
+        for key, indices in rows.items()
+    }
+
+
+def _parts(rows: _Rows, by_column: bool) -> list[_Rows]:
+    """The same group cut up by module, and by the few rows of one module that a unit owns (fused query, key and value)."""
+    parts: dict[tuple[str, int], _Rows] = {}
+    for (tensor, axis), indices in rows.items():
+        module = tensor.rpartition(".")[0]
+        columns = indices.T[:, :, None] if by_column and indices.shape[1] <= 4 else [indices]
+        for number, column in enumerate(columns):
+            parts.setdefault((module, number), {})[tensor, axis] = column
+    return list(parts.values())
+
+
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    joined: _Rows = {}
+    for part in parts:
+        for key, indices in part.items():
+            joined[key] = np.concatenate([joined[key], indices], axis=1) if key in joined else indices
+    return joined
+
+
+class _Trial:
+    """Turns what the graph says into groups that hold, by trying variants on the function.
+
+    The number of blocks in a layer (heads of an attention, groups of a norm) is not read from anywhere: every divisor of the
+    number of units is tried, those that held before first.
+    """
+
+    def __init__(self, function: _Function) -> None:
+        self.function = function
+        self.block_counts: list[int] = []
+
+    def verified_groups(self, found: _FoundGroup) -> tuple[list[SymmetryGroup], VerificationReport]:
+        """All groups that hold (perhaps none), and the report on the group as it was found."""
+        group, report = self._try(found.rows)
+        if group is None and any(indices.shape[1] > 1 for indices in found.rows.values()):
+            group, _ = self._try(_strided(found.rows))
+        if group is not None or found.reaches_output:
+            return [group] if group else [], report
+        return self._block_groups(found), report
+
+    def _block_groups(self, found: _FoundGroup) -> list[SymmetryGroup]:
+        """Blocks that move as a whole, and units that move within blocks."""
+        divisors = [count for count in range(found.size // 2, 1, -1) if found.size % count == 0]
+        known = [count for count in self.block_counts if count in divisors]
+        for count in dict.fromkeys([*known, *divisors]):  # as many blocks as hold
+            whole, _ = self._try(_blocks(found.rows, count), f"/{count} blocks")
+            if whole:
+                self._remember(count)
+                return [whole, *self._groups_within(found.rows, count)]
+        for count in dict.fromkeys([*known, *reversed(divisors)]):  # no whole block moves: as few as hold
+            together, _ = self._try(_within(found.rows, count), f"/within {count} blocks")
+            if together:
+                self._remember(count)
+                return self._groups_within(found.rows, count)
+        return []
+
+    def _groups_within(self, rows: _Rows, count: int) -> list[SymmetryGroup]:
+        """Pairs of parts that can move alone (query with key, value with output), and what is left as one group."""
+        groups = []
+        for by_column in (True, False):
+            pairs, rows = self._pairs_within(_parts(rows, by_column), count)
+            groups.extend(pairs)
+        rest = self._try(_within(rows, count), f"/within {count} blocks")[0] if rows else None
+        return [*groups, rest] if rest else groups
+
+    def _pairs_within(self, parts: list[_Rows], count: int) -> tuple[list[SymmetryGroup], _Rows]:
+        """Verified pairs, and the rows of all other parts."""
+        pairs, left = [], []
+        while parts:
+            first, *parts = parts
+            for number, second in enumerate(parts):
+                pair, _ = self._try(_within(_joined([first, second]), count), f"/within {count} blocks")
+                if pair:
+                    pairs.append(pair)
+                    del parts[number]
+                    break
+            else:
+                left.append(first)
+        return pairs, _joined(left)
+
+    def _remember(self, count: int) -> None:
+        self.block_counts = list(dict.fromkeys([count, *self.block_counts]))
+
+    def _try(self, rows: _Rows, suffix: str = "") -> tuple[SymmetryGroup | None, VerificationReport | None]:
+        size = len(next(iter(rows.values())))
+        if size < 2:
+            return None, None
         items = tuple(SymmetryItem.from_rows(tensor, axis, indices) for (tensor, axis), indices in rows.items())
-        return SymmetryGroup(self.name, "permutation", self.size, items)
-
-
-def _strided(rows: np.ndarray) -> np.ndarray:
-    """The same indices, dealt out to the units in turns."""
-    return np.sort(rows, axis=None).reshape(rows.shape[1], rows.shape[0]).T
+        group = SymmetryGroup(_name(rows) + suffix, "permutation", size, items)
+        report = self.function.report(group)
+        return (replace(group, max_error=report.max_error) if report.ok else None), report
 
 
 class _Index(NamedTuple):
@@ -615,26 +723,214 @@ class _Index(NamedTuple):
 
 def _traced_groups(function: _Function, deadline: float) -> list[_FoundGroup]:
     """Groups of one module, from connected components of its channel graph."""
-    import torch_pruning
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about parameters outside of modules it knows; they are handled below
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            function.module,
-            (function.args, function.kwargs),
-            forward_fn=lambda module, inputs: module(*inputs[0], **inputs[1]),
-            output_transform=lambda outputs: [tensor for tensor in _tensors(outputs) if tensor.grad_fn is not None],
-            verbose=False,
-        )
-    channels = _ChannelGraph(graph, function.tensors, deadline)
+    with _recurrent_layers_replaced(function.module):
+        channels = _ChannelGraph(_dependency_graph(function), function.tensors, deadline)
+    if not channels.edges:
+        return []
     edges = np.concatenate(channels.edges, axis=1)  # (2, edges)
     codes, ends = np.unique(edges, return_inverse=True)
     ends = ends.reshape(edges.shape)
     links = coo_array((np.ones(ends.shape[1], dtype=np.int8), (ends[0], ends[1])), shape=(len(codes), len(codes)))
     units = connected_components(links, directed=False)[1]
     return _groups_of_units(codes, units, channels)
+
+
+def _dependency_graph(function: _Function) -> Any:
+    """torch-pruning's graph of a module."""
+    import torch_pruning
+    from torch_pruning.dependency import index_mapping
+
+    def outputs_with_history(outputs: Any) -> list[Tensor]:
+        return [tensor for tensor in _tensors(function.select_outputs(outputs)) if tensor.grad_fn is not None]
+
+    graph = torch_pruning.DependencyGraph()
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # about parameters outside of modules that it knows; they are handled below
+        try:
+            graph.build_dependency(
+                function.module,
+                (function.args, function.kwargs),
+                forward_fn=lambda module, inputs: module(*inputs[0], **inputs[1]),
+                output_transform=outputs_with_history,
+                customized_pruners=_conv1d_pruners(function.module),
+                verbose=False,
+            )
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            nodes = getattr(graph, "module2node", None)
+            if not nodes:
+                raise ValueError(f"torch-pruning cannot trace this module: {type(error).__name__}: {error}") from error
+            # the graph stands, only the index mapping of one node failed: do the others; verification judges the result
+            updates = ("concat", "split", "reshape", "unbind", "expand", "slice")
+            for node in nodes.values():
+                for update in updates:
+                    with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+                        getattr(index_mapping, f"update_{update}_index_mapping")(graph, node)
+    for node in graph.module2node.values():
+        _correct_mapping(node)
+    return graph
+
+
+def _correct_mapping(node: Any) -> None:
+    """Index mappings that torch-pruning guesses wrong or leaves out, from the shapes that autograd remembers."""
+    history = node.grad_fn
+    shapes = [tuple(output.shape) for output in getattr(history, "_input_metadata", ())]
+    kind = history.name() if hasattr(history, "name") else ""
+    if kind.startswith("CatBackward") and shapes:
+        axis = torch.tensor(history._saved_dim, dtype=torch.uint64).view(torch.int64).item()  # -1 is kept as 2**64 - 1
+        sizes = getattr(node.module, "concat_sizes", None) or [None]
+        if None in sizes or sum(sizes) != shapes[0][axis]:  # along another axis: channels stay where they are
+            for neighbour in node.inputs:
+                _set_mappings(node, neighbour, 1, None, None)
+    elif kind.startswith("Split") and len(shapes[0]) == 3 and history._saved_dim == 2:
+        starts = np.cumsum([0, *(shape[2] for shape in shapes)])
+        for reader in node.outputs:
+            for source, number in getattr(reader.grad_fn, "next_functions", ()):
+                if source is history:
+                    start, stop = starts[number], starts[number + 1]
+                    _set_mappings(node, reader, 0, _Part(start, stop, False), _Part(start, stop, True))
+    elif (
+        kind.startswith("Expand") and shapes and len(shapes[0]) == 5
+    ):  # key and value heads repeated for their queries
+        repeat = shapes[0][2] // history._saved_self_sym_sizes[2]
+        for neighbour in node.inputs:
+            _set_mappings(
+                node, neighbour, 0, _Repeat(repeat, shapes[0][4], True), _Repeat(repeat, shapes[0][4], False)
+            )
+    elif kind.startswith("ScaledDotProduct") and history._saved_query.shape[1] != history._saved_key.shape[1]:
+        repeat = history._saved_query.shape[1] // history._saved_key.shape[1]
+        size = history._saved_key.shape[3]
+        shared = [source for source, _ in history.next_functions[1:3]]  # keys and values
+        for neighbour in node.inputs:
+            if neighbour.grad_fn in shared:
+                _set_mappings(node, neighbour, 0, _Repeat(repeat, size, True), _Repeat(repeat, size, False))
+
+
+def _set_mappings(node: Any, neighbour: Any, place: int, towards: Any, back: Any) -> None:
+    """Set the mapping from a node to a neighbour, and the one from the neighbour to the node."""
+    for source, target, mapping in ((node, neighbour, towards), (neighbour, node, back)):
+        for dependency in source.dependencies:
+            if dependency.target is target:
+                dependency.index_mapping[place] = mapping
+
+
+class _Part(NamedTuple):
+    """Channels of a whole as channels of the part `start:stop`, or the reverse."""
+
+    start: int
+    stop: int
+    to_whole: bool
+
+    def __call__(self, pairs: Sequence[_Index]) -> list[_Index]:
+        if self.to_whole:
+            return [_Index(pair.idx + self.start, pair.root_idx) for pair in pairs]
+        return [_Index(pair.idx - self.start, pair.root_idx) for pair in pairs if self.start <= pair.idx < self.stop]
+
+
+class _Repeat(NamedTuple):
+    """Channels in heads of `size`, each head repeated: from one of the repeats to the head, or the reverse."""
+
+    repeat: int
+    size: int
+    to_single: bool
+
+    def __call__(self, pairs: Sequence[_Index]) -> list[_Index]:
+        found = []
+        for pair in pairs:
+            head, channel = divmod(pair.idx, self.size)
+            heads = [head // self.repeat] if self.to_single else range(head * self.repeat, (head + 1) * self.repeat)
+            found += [_Index(one * self.size + channel, pair.root_idx) for one in heads]
+        return found
+
+
+def _conv1d_pruners(module: nn.Module) -> dict[type, Any]:
+    """What torch-pruning must know of linear layers whose weight is (inputs, outputs), as in transformers' GPT-2."""
+    import torch_pruning
+
+    class TransposedLinearPruner(torch_pruning.BasePruningFunc):
+        TARGET_MODULES = None
+
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            return layer
+
+        def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            return layer
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            return layer.weight.shape[1]
+
+        def get_in_channels(self, layer: nn.Module) -> int:
+            return layer.weight.shape[0]
+
+    return {type(layer): TransposedLinearPruner() for layer in module.modules() if _is_transposed_linear(layer)}
+
+
+def _is_transposed_linear(module: Any) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+class _RecurrentLinear(nn.Linear):
+    """Stands for one layer of an LSTM, GRU or RNN while the network is traced; both directions side by side."""
+
+    def __init__(self, recurrent: nn.RNNBase, layer: int) -> None:
+        directions = 2 if recurrent.bidirectional else 1
+        inputs = recurrent.hidden_size * directions if layer else recurrent.input_size
+        super().__init__(inputs, recurrent.hidden_size * directions, dtype=torch.float64)
+        suffixes = [f"_l{layer}", f"_l{layer}_reverse"][:directions]
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        self.directions = [[getattr(recurrent, name + suffix, None) for name in names] for suffix in suffixes]
+
+    def held(self, is_output_side: bool, channels: np.ndarray) -> Iterator[tuple[Tensor, int, np.ndarray, np.ndarray]]:
+        for number, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(self.directions):
+            if not is_output_side:
+                yield weight_ih, 1, channels, channels
+                continue
+            size = weight_hh.shape[1]
+            ours = channels[channels // size == number]
+            yield weight_hh, 1, ours, ours % size
+            for tensor in (weight_ih, weight_hh, bias_ih, bias_hh):
+                for gate in range(len(weight_ih) // size if tensor is not None else 0):
+                    yield tensor, 0, ours, ours % size + gate * size
+
+
+class _RecurrentStandIn(nn.Module):
+    """Channels in and out like a recurrent module, without recurrence: output and last state."""
+
+    def __init__(self, recurrent: nn.RNNBase) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_RecurrentLinear(recurrent, layer) for layer in range(recurrent.num_layers))
+        self.time_axis = 1 if recurrent.batch_first else 0
+        self.has_cell, self.size = isinstance(recurrent, nn.LSTM), recurrent.hidden_size
+
+    def forward(self, values: Any, state: Any = None) -> tuple[Any, Any]:
+        packed = values if isinstance(values, nn.utils.rnn.PackedSequence) else None
+        values, states = values if packed is None else packed.data, []
+        for layer in self.layers:
+            values = layer(values)  # (..., directions x size)
+            last = values.select(self.time_axis, -1) if values.dim() == 3 else values[-1]
+            states += [last[..., start : start + self.size] for start in range(0, values.shape[-1], self.size)]
+        state = torch.stack(states)
+        return values if packed is None else packed._replace(data=values), (state, state) if self.has_cell else state
+
+
+@contextmanager
+def _recurrent_layers_replaced(module: nn.Module) -> Iterator[None]:
+    """torch-pruning does not see inside recurrent modules: put linear layers in their place while it traces."""
+    places = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.RNNBase) and not child.proj_size
+    ]
+    try:
+        for parent, name, child in places:
+            setattr(parent, name, _RecurrentStandIn(child))
+        yield
+    finally:
+        for parent, name, child in places:
+            setattr(parent, name, child)
 
 
 class _ChannelGraph:
@@ -652,6 +948,7 @@ class _ChannelGraph:
         self.axes: dict[int, tuple[str, int]] = {}  # place -> tensor, axis
         self.outputs: set[int] = set()  # places that are model outputs
         self.edges: list[np.ndarray] = []
+        longest = max((length for tensor in tensors.values() for length in tensor.shape), default=0)
         seen: dict[tuple[Any, Any], np.ndarray] = {}
         waiting = list(self._roots())
         while waiting:
@@ -665,7 +962,7 @@ class _ChannelGraph:
             seen[node, side] = np.union1d(known, fresh)
             for dependency in node.dependencies:
                 if dependency.is_triggered_by(side):
-                    sources, targets = _mapped(dependency, fresh)
+                    sources, targets = _mapped(dependency, fresh, longest)
                     self._link((node, side), sources, (dependency.target, dependency.handler), targets)
                     waiting.append((dependency.target, dependency.handler, targets))
         for (node, side), channels in seen.items():
@@ -673,24 +970,30 @@ class _ChannelGraph:
             if node.type == ops.OPTYPE.OUTPUT or (is_output_side and not node.outputs):
                 self.outputs.add(self._place((node, side)))
             self._link_tensors(node, side, channels, is_output_side)
+        for module, node in graph.module2node.items():
+            for tensor, axis, channels_inside, indices in _held_inside(module):
+                self._link_index((node, "inside"), channels_inside, tensor, axis, indices)
 
     def _roots(self) -> Iterator[tuple[Any, Any, np.ndarray]]:
         """Output channels of every module that makes new channels."""
         for module, node in self.graph.module2node.items():
-            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding):
+            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding) or _is_transposed_linear(module):
                 pruner = self.graph.get_pruner_of_module(module)
                 yield node, pruner.prune_out_channels, np.arange(pruner.get_out_channels(module))
 
     def _link_tensors(self, node: Any, side: Any, channels: np.ndarray, is_output_side: bool) -> None:
-        for tensor, axis, period in _touched(node.module, is_output_side, node.pruning_dim):
-            name, indices = self.names.get(id(tensor)), channels % period
-            if name is None or indices.max() >= tensor.shape[axis]:  # not stored, or not a channel axis: mistraced
-                continue
-            self._link((node, side), channels, (name, axis), indices)
-            self.axes[self._place((name, axis))] = (name, axis)
+        for tensor, axis, ours, indices in _held(node.module, is_output_side, channels, node.pruning_dim):
+            self._link_index((node, side), ours, tensor, axis, indices)
         period = _row_period(node.module, is_output_side)
         if period:
             self._link((node, side), channels, ("rows", node), channels % period)
+
+    def _link_index(self, key: Any, channels: np.ndarray, tensor: Tensor, axis: int, indices: np.ndarray) -> None:
+        name = self.names.get(id(tensor))
+        if name is None or not len(indices) or indices.max() >= tensor.shape[axis]:
+            return  # not in the state dict, or not a channel axis: mistraced
+        self._link(key, channels, (name, axis), indices)
+        self.axes[self._place((name, axis))] = (name, axis)
 
     def _place(self, key: Any) -> int:
         return self.places.setdefault(key, len(self.places))
@@ -700,44 +1003,73 @@ class _ChannelGraph:
         self.edges.append(np.stack(codes))
 
 
-def _mapped(dependency: Any, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _mapped(dependency: Any, channels: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Channels before and after one edge of the dependency graph; one may become several, or none."""
     mappings = [mapping for mapping in dependency.index_mapping if mapping is not None]
     if not mappings:
         return channels, channels
     pairs = [_Index(channel, channel) for channel in channels.tolist()]
     for mapping in mappings:
-        pairs = mapping(pairs)
-    pairs = [(pair.root_idx, pair.idx) for pair in pairs if pair.root_idx is not None and pair.idx >= 0]
+        with suppress(IndexError):  # a mapping of something that has no channels, as a split of a state
+            pairs = mapping(pairs)
+    pairs = [(pair.root_idx, pair.idx) for pair in pairs if pair.root_idx is not None and 0 <= pair.idx < longest]
     sources, targets = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     return sources, targets
 
 
-def _touched(module: Any, is_output_side: bool, parameter_axis: int | None) -> list[tuple[Tensor, int, int]]:
-    """Tensors that hold the channels on one side of a module: (tensor, axis, period); channel `c` is index `c % period`."""
+def _held(
+    module: Any, is_output_side: bool, channels: np.ndarray, parameter_axis: int | None
+) -> Iterator[tuple[Tensor, int, np.ndarray, np.ndarray]]:
+    """Tensors that hold the channels on one side of a module: tensor, axis, channels, and the index of each of them."""
     if isinstance(module, nn.Parameter):  # used without a module of its own
-        return [(module, parameter_axis % module.dim(), module.shape[parameter_axis])]
+        yield module, parameter_axis % module.dim(), channels, channels
+    elif isinstance(module, _RecurrentLinear):
+        yield from module.held(is_output_side, channels)
+    elif isinstance(module, nn.modules.conv._ConvNd) and not _is_row_side(module, is_output_side):
+        yield module.weight, 1, channels, channels % module.weight.shape[1]  # the columns of all groups move alike
+        if is_output_side and module.bias is not None:
+            yield module.bias, 0, channels, channels
+    else:
+        for tensor, axis in _vectors(module, is_output_side):
+            if tensor is not None:
+                yield tensor, axis, channels, channels
+
+
+def _vectors(module: Any, is_output_side: bool) -> list[tuple[Tensor | None, int]]:
+    """Tensors of a module and the axis along which they hold one channel after another."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if isinstance(module, nn.modules.conv._ConvNd):
-        axis = 0 if _is_row_side(module, is_output_side) else 1
-        held = [(weight, axis), (bias if is_output_side or _is_depthwise(module) else None, 0)]
-    elif isinstance(module, nn.Linear):
-        held = [(weight, 0), (bias, 0)] if is_output_side else [(weight, 1)]
-    elif isinstance(module, nn.Embedding):
-        held = [(weight, 1)]
-    elif isinstance(module, nn.PReLU):
-        held = [(weight, 0)] if module.num_parameters > 1 else []
-    elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
+        return [(weight, 0), (bias if is_output_side or _is_depthwise(module) else None, 0)]
+    if isinstance(module, nn.Linear):
+        return [(weight, 0), (bias, 0)] if is_output_side else [(weight, 1)]
+    if _is_transposed_linear(module):
+        return [(weight, 1), (bias, 0)] if is_output_side else [(weight, 0)]
+    if isinstance(module, nn.Embedding):
+        return [(weight, 1)]
+    if isinstance(module, nn.PReLU):
+        return [(weight, 0)] if module.num_parameters > 1 else []
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
         vectors = (weight, bias, getattr(module, "running_mean", None), getattr(module, "running_var", None))
-        held = [(vector, vector.dim() - 1) for vector in vectors if vector is not None]
-    else:
-        held = []
-    grouped_columns = isinstance(module, nn.modules.conv._ConvNd) and held[0][1] == 1
-    return [
-        (tensor, axis, tensor.shape[1] if grouped_columns and axis else 2**32)
-        for tensor, axis in held
-        if tensor is not None
-    ]
+        return [(vector, vector.dim() - 1) for vector in vectors if vector is not None]
+    if isinstance(module, nn.MultiheadAttention):  # the residual side; see _held_inside
+        inputs = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        return [*((weight, 1) for weight in inputs), (module.out_proj.weight, 0), (module.out_proj.bias, 0)]
+    return []
+
+
+def _held_inside(module: Any) -> Iterator[tuple[Tensor, int, np.ndarray, np.ndarray]]:
+    """The same for channels that never leave a module: query, key and value of `nn.MultiheadAttention`."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return
+    size = module.embed_dim
+    channels = np.arange(size)
+    yield module.out_proj.weight, 1, channels, channels
+    for weight in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
+        if weight is not None:
+            yield weight, 0, channels, channels
+    for tensor in (module.in_proj_weight, module.in_proj_bias):
+        for third in range(3 if tensor is not None else 0):
+            yield tensor, 0, channels, channels + third * size
 
 
 def _is_depthwise(module: nn.modules.conv._ConvNd) -> bool:
@@ -927,8 +1259,11 @@ class WeightMatcher:
             return []
         starts = [[np.arange(group.size) for group in self.spec.groups], self._start_from_signatures(arrays)]
         moved = [self._applied(arrays, start) for start in starts]
-        nearer = int(self._distance(moved[1]) < self._distance(moved[0]))
-        draw = self._descend(moved[nearer], starts[nearer], np.random.default_rng(seed), max_iterations)
+        distances = [self._distance(arrays) for arrays in moved]
+        nearer = int(distances[1] < distances[0])
+        draw = starts[nearer]
+        if distances[nearer] > 1e-24 * self._scale:  # else it was only permuted, and the signatures found how
+            draw = self._descend(moved[nearer], draw, np.random.default_rng(seed), max_iterations)
         return [torch.from_numpy(permutation) for permutation in draw]
 
     @cached_property

@@ -5,8 +5,9 @@ Stacked tensors are a state dict with a leading axis: name -> (networks, *shape)
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -221,21 +222,19 @@ def evaluate(
 # --- training
 
 
-def finetune_networks(
+def train_networks(
     module: nn.Module,
     tensors: Mapping[str, torch.Tensor],
     images: torch.Tensor,
     labels: torch.Tensor,
     *,
-    learning_rate: float,
+    learning_rate: float | Sequence[float],
+    weight_decay: float | Sequence[float] = 0.0,
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
-    eval_images: torch.Tensor,
-    eval_labels: torch.Tensor,
-    weight_decay: float = 0.0,
-) -> np.ndarray:
-    """Train many networks at once with AdamW, all on the same batches, and follow their accuracy.
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Train many networks at once with AdamW, all on the same batches.
 
     AdamW works value by value, so every network trains exactly as it would alone. The tensors given are not changed.
 
@@ -244,41 +243,80 @@ def finetune_networks(
         tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
         images (`torch.Tensor` of shape `(images, channels, height, width)`): to train on.
         labels (`torch.Tensor` of shape `(images,)`): int64.
-        learning_rate (`float`): of AdamW, constant.
+        learning_rate (`float` or `Sequence[float]`): of AdamW, constant; one for all or one for each network.
+        weight_decay (`float` or `Sequence[float]`): of AdamW, likewise.
         epochs (`int`): passes over the images.
         batch_size (`int`): images in a step.
         generator (`torch.Generator`): order of the images.
-        eval_images (`torch.Tensor` of shape `(eval_images, channels, height, width)`): to measure on.
-        eval_labels (`torch.Tensor` of shape `(eval_images,)`): int64.
-        weight_decay (`float`): of AdamW.
 
-    Returns:
-        `np.ndarray` of shape `(epochs + 1, networks)`: float32, accuracy on the evaluation images; row 0 is before training.
+    Yields:
+        `dict[str, torch.Tensor]`: stacked state dicts before training and after each epoch; clone what shall be kept.
 
     Raises:
         ValueError: As in [`batched_logits`], or if a normalisation layer has `momentum=None`.
     """
     if any(getattr(part, "momentum", 0) is None for part in module.modules()):
         raise ValueError(
-            "a normalisation layer has momentum=None, which torch.func cannot train; give it a number, e.g. 0.1."
+            "a normalisation layer has momentum=None, torch.func cannot train it; give it a number, e.g. 0.1."
         )
     stacked = _with_buffers(module, _checked(module, tensors))
     names = dict(module.named_parameters(remove_duplicate=False))
-    parameters = {name: nn.Parameter(tensor) for name, tensor in stacked.items() if name in names}
-    stacked |= parameters
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=weight_decay)
-    curve = [evaluate(module, stacked, eval_images, eval_labels).accuracy]
+    parameters = [stacked[name].requires_grad_() for name in stacked if name in names]
+    rates, decays = (
+        [v] * len(parameters[0]) if isinstance(v, (int, float)) else [*v] for v in (learning_rate, weight_decay)
+    )
+    # neighbours with equal settings are one parameter group: a slice of the stack, sharing its memory
+    runs = [
+        (key, [i for i, _ in run]) for key, run in groupby(enumerate(zip(rates, decays, strict=True)), lambda x: x[1])
+    ]
+    slices = [(slice(rows[0], rows[-1] + 1), key) for key, rows in runs]
+    leaves = [[nn.Parameter(p.detach()[rows]) for p in parameters] for rows, _ in slices]
+    groups = [{"params": g, "lr": r, "weight_decay": d} for g, (_, (r, d)) in zip(leaves, slices, strict=True)]
+    optimizer = torch.optim.AdamW(groups)
+
+    yield {name: tensor.detach() for name, tensor in stacked.items()}
     for _ in range(epochs):
         with _mode(module, training=True):
             for batch in torch.randperm(len(labels), generator=generator).split(batch_size):
                 logits = _forward(module, stacked, images[batch], chunk_size=None)
-                optimizer.zero_grad()
-                cross_entropy(
-                    logits, labels[batch]
-                ).sum().backward()  # a sum: each network gets its own gradient, whole
+                loss = cross_entropy(logits, labels[batch]).sum()  # a sum: each network gets its own gradient, whole
+                gradients = torch.autograd.grad(loss, parameters)
+                for group, (rows, _) in zip(leaves, slices, strict=True):
+                    for leaf, gradient in zip(group, gradients, strict=True):
+                        leaf.grad = gradient[rows]
                 optimizer.step()
-        curve.append(evaluate(module, stacked, eval_images, eval_labels).accuracy)
-    return np.stack(curve)
+        yield {name: tensor.detach() for name, tensor in stacked.items()}
+
+
+def finetune_networks(
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    eval_images: torch.Tensor,
+    eval_labels: torch.Tensor,
+    **settings: Any,
+) -> np.ndarray:
+    """Train many networks at once and follow their accuracy.
+
+    Args:
+        module (`nn.Module`): the architecture.
+        tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
+        images (`torch.Tensor` of shape `(images, channels, height, width)`): to train on.
+        labels (`torch.Tensor` of shape `(images,)`): int64.
+        eval_images (`torch.Tensor` of shape `(eval_images, channels, height, width)`): to measure on.
+        eval_labels (`torch.Tensor` of shape `(eval_images,)`): int64.
+        **settings (`Any`): `learning_rate`, `weight_decay`, `epochs`, `batch_size` and `generator` of [`train_networks`].
+
+    Returns:
+        `np.ndarray` of shape `(epochs + 1, networks)`: float32, accuracy on the evaluation images; row 0 is before training.
+
+    Raises:
+        ValueError: As in [`batched_logits`].
+    """
+    stages = train_networks(module, tensors, images, labels, **settings)
+    return np.stack([evaluate(module, stacked, eval_images, eval_labels).accuracy for stacked in stages])
 
 
 @torch.no_grad()

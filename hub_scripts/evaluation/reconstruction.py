@@ -29,12 +29,16 @@ def measure_reconstruction(zoo: Zoo, codec: Codec) -> tuple[dict[str, Any], dict
     tokens = codec.tokens(zoo.stacked("test"))
     decoded = codec.decode(codec.encode(tokens))
     train = codec.tokens(zoo.stacked("train"))
-    floors = [token_pca(train, layout.value_mask, size, per_position=each).reconstruct(tokens) for each in (True, False)]
+    floors = [
+        token_pca(train, layout.value_mask, size, per_position=each).reconstruct(tokens) for each in (True, False)
+    ]
 
     epochs = zoo.column("test", "epoch")
     last = torch.from_numpy(np.flatnonzero(epochs == epochs.max()))
     images, labels = zoo.task.images["test"], zoo.task.labels["test"]
-    original_logits, decoded_logits = (batched_logits(zoo.module, codec.tensors(t[last]), images) for t in (tokens, decoded))
+    original_logits, decoded_logits = (
+        batched_logits(zoo.module, codec.tensors(t[last]), images) for t in (tokens, decoded)
+    )
     figures = {
         "compression": layout.num_parameters / (layout.num_tokens * size),
         "r2": r2_score_masked(tokens, decoded, layout.value_mask),

@@ -1,15 +1,12 @@
 """A report that is one HTML file: plain words, pictures and figures, readable on a phone, offline and in the dark."""
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from numbers import Real
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from hub_scripts.outputs import write_text
 
@@ -58,12 +55,12 @@ class Picture:
     """A plot in a report.
 
     Args:
-        figure (`Figure`): the plot.
+        file (`str` or `Path`): the plot, a PNG file.
         alt (`str`): what it shows, for those who cannot see it.
         caption (`str`): a line below it.
     """
 
-    figure: Figure
+    file: str | Path
     alt: str
     caption: str = ""
 
@@ -122,33 +119,10 @@ def write_report(
     write_text(path, PAGE.format(title=escape(title), body="\n".join(body)))
 
 
-def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> dict[str, Path]:
-    """Save plots as PNG files.
-
-    Args:
-        folder (`str` or `Path`): made if it is not there.
-        figures (`Mapping[str, Figure]`): name -> plot.
-
-    Returns:
-        `dict[str, Path]`: name -> `folder/name.png`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.png" for name in figures}
-    for name, figure in figures.items():
-        partial = folder / f".{name}.png.partial"
-        try:
-            partial.write_bytes(_png(figure))
-            partial.replace(paths[name])
-        finally:
-            partial.unlink(missing_ok=True)
-    return paths
-
-
 def format_value(value: Any) -> str:
-    """A value as a reader wants it: three significant digits or more, thousands grouped, a dash for what is missing."""
+    """A value as a reader wants it: three significant digits or more, thousands grouped, n/a for what is missing."""
     if value is None or (isinstance(value, Real) and value != value):
-        return "–"  # noqa: RUF001
+        return "n/a"
     if isinstance(value, bool) or not isinstance(value, Real):
         return ", ".join(map(format_value, value)) if isinstance(value, (list, tuple)) else str(value)
     if float(value).is_integer() or abs(value) >= 1000:
@@ -165,7 +139,7 @@ def _section(section: Section) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    data = base64.b64encode(_png(picture.figure)).decode()
+    data = base64.b64encode(Path(picture.file).read_bytes()).decode()
     caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
     return f'<figure><img alt="{escape(picture.alt)}" src="data:image/png;base64,{data}">{caption}</figure>'
 
@@ -193,9 +167,3 @@ def _flatten(results: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
         name = f"{prefix}{key}"
         pairs += _flatten(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
     return pairs
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

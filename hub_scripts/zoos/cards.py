@@ -21,7 +21,9 @@ def zoo_card(name: str, rows: Mapping[str, list[dict[str, Any]]], info: Mapping[
     everything = [row for split in SPLITS for row in rows.get(split, ())]
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in SPLITS if rows.get(split))
     counts = "\n".join(
-        f"| {split} | {len({row['model_id'] for row in rows[split]})} | {len(rows[split])} |" for split in SPLITS if rows.get(split)
+        f"| {split} | {len({row['model_id'] for row in rows[split]})} | {len(rows[split])} |"
+        for split in SPLITS
+        if rows.get(split)
     )
     ranges = "\n".join(
         f"| `{prop}` | {min(values):.4g} | {sum(values) / len(values):.4g} | {max(values):.4g} |"
@@ -30,7 +32,9 @@ def zoo_card(name: str, rows: Mapping[str, list[dict[str, Any]]], info: Mapping[
     )
     architectures = "\n".join(
         f"* `{architecture}` with `{kwargs}`: {count} checkpoints"
-        for (architecture, kwargs), count in Counter((row["architecture"], row["architecture_kwargs"]) for row in everything).items()
+        for (architecture, kwargs), count in Counter(
+            (row["architecture"], row["architecture_kwargs"]) for row in everything
+        ).items()
     )
     hparams = sorted({key for row in everything for key in row if key.startswith("hparams_")})
     before = [row["alignment_distance_before"] for row in everything]

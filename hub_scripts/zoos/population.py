@@ -1,4 +1,4 @@
-"""Train a population of networks of one architecture at once: their weights are stacked and run under `torch.func.vmap`."""
+"""A population of networks of one architecture: what differs between them, and what they are after each epoch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from hub_scripts.evaluation.functional import batched_logits, cross_entropy, evaluate
+from hub_scripts.evaluation.functional import evaluate, train_networks
 from hub_scripts.zoos.tasks import SPLITS, Task
 
 INITIALISATIONS = {
@@ -61,37 +61,35 @@ def train_population(
     Yields:
         [`Snapshot`]: at epochs 0, 1, ..., `epochs`.
     """
-    stacked = _initialise(module, members)
-    parameters = {name: stacked[name].requires_grad_() for name, _ in module.named_parameters()}
-    # AdamW works value by value, so a slice of the stack with its own settings trains exactly as a network of its own
-    slices = _runs([(m.hparams["learning_rate"], m.hparams["weight_decay"]) for m in members])
-    leaves = [[nn.Parameter(p.detach()[start:stop]) for p in parameters.values()] for start, stop, _ in slices]
-    settings = [{"params": group, "lr": lr, "weight_decay": wd} for group, (_, _, (lr, wd)) in zip(leaves, slices, strict=True)]
-    optimizer = torch.optim.AdamW(settings)
-    generator = torch.Generator().manual_seed(seed)
-    images, labels = task.images["train"], task.labels["train"]
-
-    yield Snapshot(0, _detached(stacked), _measure(module, stacked, task))
-    for epoch in range(1, epochs + 1):
-        order = torch.randperm(len(labels), generator=generator)
-        for batch in order.split(batch_size):
-            logits = batched_logits(module, stacked, images[batch], chunk_size=None, training=True)
-            loss = cross_entropy(logits, labels[batch]).sum()  # a sum: each network gets its own gradient, whole
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            for group, (start, stop, _) in zip(leaves, slices, strict=True):
-                for leaf, gradient in zip(group, gradients, strict=True):
-                    leaf.grad = gradient[start:stop]
-            optimizer.step()
-        yield Snapshot(epoch, _detached(stacked), _measure(module, stacked, task))
+    stages = train_networks(
+        module,
+        _initialise(module, members),
+        task.images["train"],
+        task.labels["train"],
+        learning_rate=[member.hparams["learning_rate"] for member in members],
+        weight_decay=[member.hparams["weight_decay"] for member in members],
+        epochs=epochs,
+        batch_size=batch_size,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    for epoch, stacked in enumerate(stages):
+        yield Snapshot(
+            epoch, {name: tensor.clone() for name, tensor in stacked.items()}, _measure(module, stacked, task)
+        )
 
 
 def _initialise(module: nn.Module, members: list[Member]) -> dict[str, torch.Tensor]:
     """Stacked state dicts: matrices and kernels drawn as each member asks, biases zero, other vectors as the module has them."""
-    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and m.bias is not None]
+    layers = [
+        m for m in module.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and m.bias is not None
+    ]
     biases = {id(layer.bias) for layer in layers}
     networks = []
     for member in members:
-        draw, generator = INITIALISATIONS[member.hparams["initialisation"]], torch.Generator().manual_seed(member.hparams["seed"])
+        draw, generator = (
+            INITIALISATIONS[member.hparams["initialisation"]],
+            torch.Generator().manual_seed(member.hparams["seed"]),
+        )
         network = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
         for name, parameter in module.named_parameters():
             if parameter.dim() >= 2:
@@ -102,12 +100,6 @@ def _initialise(module: nn.Module, members: list[Member]) -> dict[str, torch.Ten
     return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
 
 
-def _runs(values: list) -> list[tuple[int, int, tuple]]:
-    """Start, stop and value of each run of equal neighbours."""
-    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
-    return [(start, stop, values[start]) for start, stop in zip(starts, [*starts[1:], len(values)], strict=True)]
-
-
 def _measure(module: nn.Module, stacked: dict[str, torch.Tensor], task: Task) -> dict[str, torch.Tensor]:
     metrics = {}
     for split in SPLITS:
@@ -115,7 +107,3 @@ def _measure(module: nn.Module, stacked: dict[str, torch.Tensor], task: Task) ->
         metrics[f"{split}_accuracy"] = torch.from_numpy(found.accuracy)
         metrics[f"{split}_loss"] = torch.from_numpy(found.loss)
     return metrics
-
-
-def _detached(stacked: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in stacked.items()}

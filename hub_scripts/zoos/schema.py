@@ -65,7 +65,9 @@ def weights_from_row(row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(row["weights"])
     except (SafetensorError, TypeError, ValueError) as error:
         where = f"model_id {row.get('model_id')!r}, epoch {row.get('epoch')!r}"
-        raise ValueError(f"the weights of the row with {where} are damaged: {error}. Import or build that model again.") from error
+        raise ValueError(
+            f"the weights of the row with {where} are damaged: {error}. Import or build that model again."
+        ) from error
 
 
 def write_split(folder: Path, split: str, rows: list[dict[str, Any]], columns: Features) -> list[str]:

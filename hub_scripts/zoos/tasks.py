@@ -30,7 +30,7 @@ class Task:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(channels, height, width)"""
+        """Channels, height and width."""
         return tuple(self.images["train"].shape[1:])
 
 
@@ -38,7 +38,7 @@ def load_task(name: str) -> Task:
     """Load a task by name.
 
     Args:
-        name (`str`): `"digits"`, the 1,797 images of 8×8 pixels that scikit-learn carries.
+        name (`str`): `"digits"`, the 1,797 images of 8 by 8 pixels that scikit-learn carries.
 
     Raises:
         ValueError: If there is no such task.
@@ -59,7 +59,9 @@ def _digits() -> Task:
     return _make_task("digits", dict(zip(SPLITS, order.split([797, 300, 700]), strict=True)), images, labels, 10)
 
 
-def _make_task(name: str, rows: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Task:
+def _make_task(
+    name: str, rows: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor, num_classes: int
+) -> Task:
     mean, std = float(images[rows["train"]].mean()), float(images[rows["train"]].std())
     standardised = (images - mean) / std
     return Task(

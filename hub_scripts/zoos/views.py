@@ -25,7 +25,9 @@ class SymmetryGather:
 
     def __init__(self, layout: CheckpointLayout, spec: SymmetrySpec):
         self.sizes = [group.size for group in spec.groups]
-        moves: dict[str, list[tuple[int, int, np.ndarray]]] = {}  # tensor -> (group, axis, index of each unit along the axis)
+        moves: dict[
+            str, list[tuple[int, int, np.ndarray]]
+        ] = {}  # tensor -> (group, axis, index of each unit along the axis)
         for number, group in enumerate(spec.groups):
             for item in group.items:
                 moves.setdefault(item.tensor, []).append((number, item.axis, np.asarray(item.rows(group.size))))
@@ -187,13 +189,22 @@ class StepSampler(Sampler[list[Sample]]):
     """
 
     def __init__(
-        self, count: int, batch_size: int, first_step: int, last_step: int, seed: int, rank: int = 0, num_processes: int = 1
+        self,
+        count: int,
+        batch_size: int,
+        first_step: int,
+        last_step: int,
+        seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
     ):
         if batch_size % num_processes:
             raise ValueError(f"a batch of {batch_size} does not divide among {num_processes} processes.")
         self.steps_per_epoch = count // batch_size
         if not self.steps_per_epoch:
-            raise ValueError(f"a batch of {batch_size} is more than the {count} checkpoints of the split; use a smaller one.")
+            raise ValueError(
+                f"a batch of {batch_size} is more than the {count} checkpoints of the split; use a smaller one."
+            )
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.first_step, self.last_step = first_step, last_step
         self.rank, self.num_processes = rank, num_processes
@@ -207,7 +218,9 @@ class StepSampler(Sampler[list[Sample]]):
         for step in range(self.first_step, self.last_step):
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order = np.random.Generator(np.random.Philox(key=self.seed, counter=[1, 0, epoch, 0])).permutation(self.count)
+                order = np.random.Generator(np.random.Philox(key=self.seed, counter=[1, 0, epoch, 0])).permutation(
+                    self.count
+                )
                 order_epoch = epoch
             first = place * self.batch_size + self.rank * share
             yield [Sample(epoch, int(row)) for row in order[first : first + share]]

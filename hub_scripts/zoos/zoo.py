@@ -35,12 +35,18 @@ class Zoo:
         else:
             side_files = [ZOO_FILE, "layouts/*", "symmetries/*"]
             try:
-                path = snapshot_download(str(source), repo_type="dataset", revision=revision, allow_patterns=side_files)
+                path = snapshot_download(
+                    str(source), repo_type="dataset", revision=revision, allow_patterns=side_files
+                )
             except (OSError, ValueError) as error:
-                raise ValueError(f"{source} is neither a folder nor a dataset repository that can be read: {error}") from error
+                raise ValueError(
+                    f"{source} is neither a folder nor a dataset repository that can be read: {error}"
+                ) from error
             self.folder = Path(path)
         if not (self.folder / ZOO_FILE).is_file():
-            raise ValueError(f"{source} is no zoo: it has no {ZOO_FILE}. Build one with `sane build-zoo --output-dir DIR`.")
+            raise ValueError(
+                f"{source} is no zoo: it has no {ZOO_FILE}. Build one with `sane build-zoo --output-dir DIR`."
+            )
         self.info = json.loads((self.folder / ZOO_FILE).read_text(encoding="utf-8"))
         if self.info.get("format") != ZOO_FORMAT:
             raise ValueError(f"{source} has zoo format {self.info.get('format')!r}, this version reads {ZOO_FORMAT}.")
@@ -60,7 +66,9 @@ class Zoo:
                     )
         ids = {layout_id for rows in self.splits.values() for layout_id in set(rows["layout_id"])}
         if len(ids) != 1:
-            raise ValueError(f"{self.name} holds {len(ids)} layouts, expected one; split it into zoos of one layout each.")
+            raise ValueError(
+                f"{self.name} holds {len(ids)} layouts, expected one; split it into zoos of one layout each."
+            )
         (self.layout_id,) = ids
 
     def __len__(self) -> int:
@@ -94,7 +102,9 @@ class Zoo:
     def _side_file(self, kind: str) -> str:
         path = self.folder / kind / f"{self.layout_id}.json"
         if not path.is_file():
-            raise ValueError(f"{self.name} has no {kind}/{self.layout_id}.json, which its rows name; build or import the zoo again.")
+            raise ValueError(
+                f"{self.name} has no {kind}/{self.layout_id}.json, which its rows name; build or import the zoo again."
+            )
         return path.read_text(encoding="utf-8")
 
     @cached_property
@@ -133,11 +143,15 @@ class Zoo:
                         tensors[name] = torch.empty(len(rows), *layout.shape)
                     tensors[name][place] = state_dict[name]
             except ValueError as error:
-                raise ValueError(f"{self.name}, {split} row {row['model_id']!r} epoch {row['epoch']}: {error}") from error
+                raise ValueError(
+                    f"{self.name}, {split} row {row['model_id']!r} epoch {row['epoch']}: {error}"
+                ) from error
         return tensors
 
 
-def token_cache(zoo: Zoo, split: str, tokenizer: SaneWeightTokenizer, folder: Path, chunk_size: int = 256) -> np.ndarray:
+def token_cache(
+    zoo: Zoo, split: str, tokenizer: SaneWeightTokenizer, folder: Path, chunk_size: int = 256
+) -> np.ndarray:
     """Normalised tokens of a whole split, as a memory-mapped file that is written once.
 
     Args:
@@ -157,7 +171,9 @@ def token_cache(zoo: Zoo, split: str, tokenizer: SaneWeightTokenizer, folder: Pa
         partial = folder / f"{split}.partial.npy"
         count = len(zoo.rows(split))
         tokens = np.lib.format.open_memmap(partial, "w+", np.float32, (count, layout.num_tokens, layout.token_size))
-        for start in tqdm(range(0, count, chunk_size), desc=f"tokenize {split}", leave=False, disable=count <= chunk_size):
+        for start in tqdm(
+            range(0, count, chunk_size), desc=f"tokenize {split}", leave=False, disable=count <= chunk_size
+        ):
             indices = np.arange(start, min(start + chunk_size, count))
             tokens[indices] = tokenizer.normalize(layout.pack(zoo.stacked(split, indices)), layout).numpy()
         tokens.flush()
@@ -165,6 +181,7 @@ def token_cache(zoo: Zoo, split: str, tokenizer: SaneWeightTokenizer, folder: Pa
     tokens = np.load(path, mmap_mode="r")
     expected = (len(zoo.rows(split)), layout.num_tokens, layout.token_size)
     if tokens.shape != expected:
-        raise ValueError(f"{path} holds tokens of shape {tokens.shape}, expected {expected}: it was made from another zoo. Remove {folder}.")
+        raise ValueError(
+            f"{path} holds tokens of shape {tokens.shape}, expected {expected}: it was made from another zoo. Remove {folder}."
+        )
     return tokens
-

@@ -115,5 +115,21 @@ def test_the_interval_holds_r2_and_draws_whole_models():
     np.testing.assert_allclose(bootstrap_r2(y[models], predictions[models], models, count=500, seed=1), few, rtol=1e-9)
 
 
+def test_the_interval_holds_the_asked_share_of_draws():
+    y, predictions, models = (
+        np.array([0.0, 1.0, 4.0, 5.0, 2.0]),
+        np.array([0.5, 1.0, 3.0, 5.5, 2.5]),
+        np.array([0, 0, 1, 1, 2]),
+    )
+    draws = []
+    for counts in np.random.default_rng(4).multinomial(3, [1 / 3] * 3, size=200):
+        drawn = np.repeat(np.arange(5), counts[models])
+        spread = np.square(y[drawn] - y[drawn].mean()).sum()
+        if spread:  # the last model alone has one checkpoint
+            draws.append(1 - np.square(y - predictions)[drawn].sum() / spread)
+    expected = np.quantile(draws, [0.1, 0.9])
+    np.testing.assert_allclose(bootstrap_r2(y, predictions, models, count=200, seed=4, level=0.8), expected, rtol=1e-9)
+
+
 def test_the_interval_of_a_constant_property_is_nan():
     assert all(map(math.isnan, bootstrap_r2(np.ones(6), np.zeros(6), [0, 0, 1, 1, 2, 2], count=10, seed=0)))

@@ -13,9 +13,7 @@ from hub_scripts.evaluation.plots import (
     predicted_against_true,
     training_curves,
 )
-from hub_scripts.evaluation.report import Picture, Section, Table, format_value, save_figures, write_report
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from hub_scripts.evaluation.report import Picture, Section, Table, format_value, write_report
 
 
 class Page(HTMLParser):
@@ -45,8 +43,10 @@ def figure():
 
 @pytest.fixture
 def report(tmp_path, figure):
+    plot = tmp_path / "plot.png"
+    figure.savefig(plot)
     table = Table(("property", "R² <test>"), [("epoch", 0.51249), ("gap", float("nan"))])
-    sections = [Section("Is 1 < 2?", "first & foremost\n\nsecond", [Picture(figure, 'a "curve"')], [table])]
+    sections = [Section("Is 1 < 2?", "first & foremost\n\nsecond", [Picture(plot, 'a "curve"')], [table])]
     results = {"probe": {"epoch": {"sane": {"r2": 0.25}}}, "versions": {"torch": "<2>"}, "finetune": [0.5, None]}
     path = tmp_path / "report.html"
     write_report(path, "A <report>", sections, results)
@@ -58,7 +58,7 @@ def test_a_report_needs_nothing_but_itself(report):
     assert page.open == []
     links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action")]
     assert len(links) == 1
-    assert links[0].startswith("data:image/png;base64,iVBORw0KGgo")
+    assert links[0].startswith("data:image/png;base64,iVBORw0KGgo")  # base64 of PNG's first bytes
     assert not re.search(r"https?:|<script|<link|@import|url\(", report)
 
 
@@ -72,16 +72,16 @@ def test_a_report_escapes_what_it_is_given(report):
 def test_a_report_lists_nested_figures_by_their_path(report):
     texts = [text for text in Page(report).texts if text.strip()]
     assert texts[texts.index("probe.epoch.sane.r2") + 1] == "0.250"
-    assert texts[texts.index("finetune") + 1] == "0.500, –"
+    assert texts[texts.index("finetune") + 1] == "0.500, n/a"
     assert texts[texts.index("epoch") + 1] == "0.512"
-    assert texts[texts.index("gap") + 1] == "–"
+    assert texts[texts.index("gap") + 1] == "n/a"
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [
         (128, "128"), (np.int64(1408), "1,408"), (1234567.8, "1,234,568"), (np.float32(0.5), "0.500"), (-0.25, "-0.250"),
-        (0.00012345, "0.00012"), (0.0, "0"), (None, "–"), (True, "True"), ("name", "name"),
+        (0.00012345, "0.00012"), (0.0, "0"), (None, "n/a"), (True, "True"), ("name", "name"),
     ],
 )  # fmt: skip
 def test_values_are_written_for_readers(value, text):
@@ -93,13 +93,6 @@ def test_a_table_with_a_row_too_short_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="2 cells, expected 3: a, b, c"):
         write_report(tmp_path / "report.html", "t", [Section("s", tables=[table])])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_figures_are_saved_as_png_and_nothing_else(tmp_path, figure):
-    paths = save_figures(tmp_path / "plots", {"fine": figure})
-    assert paths == {"fine": tmp_path / "plots" / "fine.png"}
-    assert list((tmp_path / "plots").iterdir()) == [paths["fine"]]
-    assert paths["fine"].read_bytes().startswith(PNG)
 
 
 def test_training_curves_leave_out_what_was_not_logged():

@@ -53,7 +53,15 @@ def test_dense_lays_whole_narrow_rows_side_by_side_and_cuts_wide_rows():
     # a: rows of 3 weights and a bias; two of them fit into 9 values; b: 13 values need two tokens a row
     assert (narrow.rows, narrow.columns, narrow.num_tokens) == (5, 4, 3)
     assert (wide.rows, wide.columns, wide.num_tokens) == (2, 13, 4)
-    assert layout.position_ids.tolist() == [[0, 0, 0], [1, 0, 2], [2, 0, 4], [3, 1, 0], [4, 1, 0], [5, 1, 1], [6, 1, 1]]
+    assert layout.position_ids.tolist() == [
+        [0, 0, 0],
+        [1, 0, 2],
+        [2, 0, 4],
+        [3, 1, 0],
+        [4, 1, 0],
+        [5, 1, 1],
+        [6, 1, 1],
+    ]
     assert layout.value_mask.sum(1).tolist() == [8, 8, 4, 9, 4, 9, 4]
     assert layout.fill == pytest.approx((20 + 26) / 63)
 
@@ -117,7 +125,12 @@ def test_recurrent_matrices_take_one_bias_each_and_are_their_own_layers():
 
 def test_module_types_give_kinds_and_the_axis_of_output_channels():
     net = nn.ModuleDict(
-        {"up": nn.ConvTranspose2d(3, 7, 2), "words": nn.Embedding(11, 5), "norm": nn.LayerNorm(5), "out": nn.Linear(5, 2)}
+        {
+            "up": nn.ConvTranspose2d(3, 7, 2),
+            "words": nn.Embedding(11, 5),
+            "norm": nn.LayerNorm(5),
+            "out": nn.Linear(5, 2),
+        }
     )
     layout = SaneWeightTokenizer(16).layout(net)
     assert [(layer.name, layer.kind, layer.rows) for layer in layout.layers] == [

@@ -37,7 +37,9 @@ def assert_same(found: dict, expected: dict):
 
 def round_trip(tokenizer: SaneWeightTokenizer, source, **kwargs) -> dict:
     batch = tokenizer(source, **kwargs)
-    return tokenizer.decode(batch["token_values"][0], batch["layouts"][0], batch["passthrough"][0], batch["statistics"][0])
+    return tokenizer.decode(
+        batch["token_values"][0], batch["layouts"][0], batch["passthrough"][0], batch["statistics"][0]
+    )
 
 
 def random_tensor(shape: tuple, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -51,7 +53,9 @@ def state_dicts(draw) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for number in range(draw(st.integers(0, 4))):
         prefix = draw(st.sampled_from(["", f"block.{number}.", f"layer{number}."]))
-        for name in draw(st.lists(st.sampled_from(["weight", "bias", "scale", "running", "x"]), unique=True, max_size=4)):
+        for name in draw(
+            st.lists(st.sampled_from(["weight", "bias", "scale", "running", "x"]), unique=True, max_size=4)
+        ):
             shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
             tensor = random_tensor(shape, draw(st.sampled_from(FLOATS + OTHERS)), draw(st.integers(0, 99)))
             how = draw(st.sampled_from(["plain", "plain", "transposed", "view"]))
@@ -250,7 +254,9 @@ def test_a_file_of_a_known_network_has_the_order_that_the_zoo_had(tmp_path):
 # ---------------------------------------------------------------------------------------------------- saving
 def fitted() -> tuple[SaneWeightTokenizer, nn.Module]:
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    return SaneWeightTokenizer(5, "flat", "zoo").fit([network.state_dict()], SaneWeightTokenizer(5).layout(network)), network
+    return SaneWeightTokenizer(5, "flat", "zoo").fit(
+        [network.state_dict()], SaneWeightTokenizer(5).layout(network)
+    ), network
 
 
 def test_saved_statistics_come_back_to_the_digit(tmp_path):

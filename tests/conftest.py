@@ -1,0 +1,69 @@
+"""A tiny zoo and a model trained on it for a moment; made once for the tests that need them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory):
+    """Nothing of the tests goes into the user's caches, and nothing of the user's comes in."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("caches")
+    before = os.environ.get("SANE_CACHE")
+    os.environ["SANE_CACHE"] = str(folder / "sane")
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    yield
+    os.environ.pop("SANE_CACHE") if before is None else os.environ.update(SANE_CACHE=before)
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(tmp_path_factory) -> Path:
+    """9 networks of 2 epochs."""
+    from hub_scripts.build_zoo import BuildZooArguments, build_zoo
+
+    folder = tmp_path_factory.mktemp("zoo") / "zoo"
+    build_zoo(
+        BuildZooArguments(
+            output_dir=str(folder),
+            num_models=9,
+            epochs=2,
+            batch_size=100,
+            learning_rates=[1e-2, 3e-3],
+            weight_decays=[0.0],
+            initialisations=["kaiming_uniform"],
+            architecture_kwargs='{"channels": [3, 5], "hidden_size": 7}',
+        )
+    )
+    return folder
+
+
+TINY_TRAINING = {
+    "token_size": 16,
+    "latent_size": 15,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "batch_size": 4,
+    "behavioural_networks": 2,
+    "behavioural_images": 5,
+    "max_steps": 6,
+    "eval_steps": 3,
+    "save_steps": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_zoo) -> Path:
+    """A SANE model after six steps."""
+    from hub_scripts.train import TrainArguments, train
+
+    folder = tmp_path_factory.mktemp("model") / "model"
+    train(TrainArguments(zoo=str(tiny_zoo), output_dir=str(folder), **TINY_TRAINING))
+    return folder
