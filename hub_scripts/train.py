@@ -229,7 +229,8 @@ def cache_folder(zoo: Zoo, tokenizer: SaneWeightTokenizer) -> Path:
     """Where the tokens of a zoo are kept, by what they depend on."""
     rows = [dataset._fingerprint for dataset in zoo.splits.values()]
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (zoo.folder / "data").glob("*.parquet"))
-    key = json.dumps([rows, files, tokenizer.to_json_string()])
+    layout = zoo.layout.repack(tokenizer.token_size, tokenizer.packing)
+    key = json.dumps([rows, files, tokenizer.to_json_string(), layout.to_json()])
     root = Path(os.environ.get("SANE_CACHE", Path(HF_HOME) / "sane"))
     return root / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:16]
 

@@ -542,7 +542,7 @@ class SaneModel(SanePreTrainedModel):
             return matrix
 
         encoder_embedding = embed(self.config.token_size) @ axes.T
-        components = axes[:, : self.config.latent_size]
+        components = near_axes(axes[:, : self.config.latent_size])
         wanted = F.pad(rest @ components, (0, max(self.config.latent_size - self.config.token_size, 0)))
         encoder_hidden = x @ encoder_embedding.T + positions
         encoder_readout = least_squares(encoder_hidden, wanted, ridge).T
@@ -762,6 +762,24 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
         return values.mean(dim=1)
     mask = mask.to(values.dtype)[..., None]
     return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def near_axes(components: torch.Tensor) -> torch.Tensor:
+    """Another basis of the subspace that `components` `(D, L)` with orthonormal columns span, near L of the D axes.
+
+    A reconstruction does not depend on the basis, but what can be read from the codes does: statistics of values along
+    the axes say more of the weights than those of mixtures of all of them. The axes are those that a pivoted
+    orthogonalisation takes first, the rotation is the solution of the orthogonal Procrustes problem (Schönemann 1966).
+    """
+    L = components.shape[1]
+    rest, chosen = components.clone(), []  # (D, L)
+    for _ in range(L):
+        axis = int(rest.square().sum(dim=1).argmax())
+        direction = F.normalize(rest[axis], dim=0)
+        rest = rest - (rest @ direction)[:, None] * direction
+        chosen.append(axis)
+    left, _, right = torch.linalg.svd(components[sorted(chosen)])
+    return components @ (left @ right).T
 
 
 def least_squares(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:

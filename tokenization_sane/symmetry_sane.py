@@ -6,7 +6,8 @@ throughout: after a permutation `p`, unit `u` carries the values that unit `p[u]
 
 How groups are found: torch-pruning's dependency graph says which channel of one module is which channel of the next. Every
 channel of every module is a node of one large graph here, and so is every index along an axis of a tensor; its connected
-components are the units. Tied tensors, shared modules and concatenations are joined on the way. Nothing is trusted: each group
+components are the units. Tied tensors, shared modules and concatenations are joined on the way. Where units cannot move freely,
+they may in blocks (attention heads) and alike within all blocks (channels inside heads). Nothing is trusted: each group
 is tried on the function itself, in float64, with random weights, and is offered only if the function stays while moving one of
 its tensors alone changes it. Names of tensors and modules play no part.
 
@@ -452,21 +453,24 @@ class _Function:
     def report(self, group: SymmetryGroup) -> VerificationReport:
         """Try one group: fixed-point-free permutations, and as a control its first tensor alone."""
         generator = torch.Generator().manual_seed(1)
-        error = control = 0.0
-        for draw in range(NUM_DRAWS):
+        error = 0.0
+        for _ in range(NUM_DRAWS):
             permutation = _derangement(group.size, generator)
-            if draw == 0:
-                control = self.change(group, permutation, group.items[:1])
             error = max(error, self.change(group, permutation))
             if error > TOLERANCE:
                 break
+        control = self.change(group, permutation, group.items[:1])
         return VerificationReport(group.name, error, control, error < min(TOLERANCE, SENSITIVITY * control))
+
+    def surely_fails(self, group: SymmetryGroup) -> bool:
+        """One forward pass instead of four, for guesses."""
+        return self.change(group, _derangement(group.size, torch.Generator().manual_seed(1))) > TOLERANCE
 
 
 def _random_parameter(tensor: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-    if tensor.dim() < 2:
-        return 0.5 + 0.3 * noise
+    if tensor.dim() < 2:  # scales stay around 1 and shifts around 0, or a deep network would forget its input
+        return (tensor.mean() > 0.5) + 0.3 * noise
     fan_in = tensor.numel() // (tensor.shape[0] if tensor.shape[0] > 1 else tensor.shape[-1])
     return noise / math.sqrt(max(fan_in, 1))
 
@@ -654,11 +658,13 @@ class _Trial:
 
     def verified_groups(self, found: _FoundGroup) -> tuple[list[SymmetryGroup], VerificationReport]:
         """All groups that hold (perhaps none), and the report on the group as it was found."""
-        group, report = self._try(found.rows)
-        if group is None and any(indices.shape[1] > 1 for indices in found.rows.values()):
-            group, _ = self._try(_strided(found.rows))
-        if group is not None or found.reaches_output:
-            return [group] if group else [], report
+        group = _permutation_group(found.rows)
+        report = self.function.report(group)
+        if report.ok:
+            return [replace(group, max_error=report.max_error)], report
+        strided = self._guess(_strided(found.rows)) if any(rows.shape[1] > 1 for rows in found.rows.values()) else None
+        if strided or found.reaches_output:
+            return [strided] if strided else [], report
         return self._block_groups(found), report
 
     def _block_groups(self, found: _FoundGroup) -> list[SymmetryGroup]:
@@ -666,13 +672,12 @@ class _Trial:
         divisors = [count for count in range(found.size // 2, 1, -1) if found.size % count == 0]
         known = [count for count in self.block_counts if count in divisors]
         for count in dict.fromkeys([*known, *divisors]):  # as many blocks as hold
-            whole, _ = self._try(_blocks(found.rows, count), f"/{count} blocks")
+            whole = self._guess(_blocks(found.rows, count), f"/{count} blocks")
             if whole:
                 self._remember(count)
                 return [whole, *self._groups_within(found.rows, count)]
         for count in dict.fromkeys([*known, *reversed(divisors)]):  # no whole block moves: as few as hold
-            together, _ = self._try(_within(found.rows, count), f"/within {count} blocks")
-            if together:
+            if self._guess(_within(found.rows, count), f"/within {count} blocks"):
                 self._remember(count)
                 return self._groups_within(found.rows, count)
         return []
@@ -683,7 +688,7 @@ class _Trial:
         for by_column in (True, False):
             pairs, rows = self._pairs_within(_parts(rows, by_column), count)
             groups.extend(pairs)
-        rest = self._try(_within(rows, count), f"/within {count} blocks")[0] if rows else None
+        rest = self._guess(_within(rows, count), f"/within {count} blocks") if rows else None
         return [*groups, rest] if rest else groups
 
     def _pairs_within(self, parts: list[_Rows], count: int) -> tuple[list[SymmetryGroup], _Rows]:
@@ -692,7 +697,7 @@ class _Trial:
         while parts:
             first, *parts = parts
             for number, second in enumerate(parts):
-                pair, _ = self._try(_within(_joined([first, second]), count), f"/within {count} blocks")
+                pair = self._guess(_within(_joined([first, second]), count), f"/within {count} blocks")
                 if pair:
                     pairs.append(pair)
                     del parts[number]
@@ -704,14 +709,17 @@ class _Trial:
     def _remember(self, count: int) -> None:
         self.block_counts = list(dict.fromkeys([count, *self.block_counts]))
 
-    def _try(self, rows: _Rows, suffix: str = "") -> tuple[SymmetryGroup | None, VerificationReport | None]:
-        size = len(next(iter(rows.values())))
-        if size < 2:
-            return None, None
-        items = tuple(SymmetryItem.from_rows(tensor, axis, indices) for (tensor, axis), indices in rows.items())
-        group = SymmetryGroup(_name(rows) + suffix, "permutation", size, items)
+    def _guess(self, rows: _Rows, suffix: str = "") -> SymmetryGroup | None:
+        group = _permutation_group(rows, suffix)
+        if self.function.surely_fails(group):
+            return None
         report = self.function.report(group)
-        return (replace(group, max_error=report.max_error) if report.ok else None), report
+        return replace(group, max_error=report.max_error) if report.ok else None
+
+
+def _permutation_group(rows: _Rows, suffix: str = "") -> SymmetryGroup:
+    items = tuple(SymmetryItem.from_rows(tensor, axis, indices) for (tensor, axis), indices in rows.items())
+    return SymmetryGroup(_name(rows) + suffix, "permutation", len(next(iter(rows.values()))), items)
 
 
 class _Index(NamedTuple):

@@ -242,9 +242,7 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
 
         `normalized * std + mean` undoes the normalization of a whole batch; 0 and 1 on padding and where values stay as they are.
         """
-        scale = (
-            self._statistics(layout) if self.normalization == "zoo" else dict.fromkeys(layout.tensors, (0.0, 1.0))
-        )
+        scale = self._statistics(layout) if self.normalization == "zoo" else dict.fromkeys(layout.tensors, (0.0, 1.0))
         return _spread(scale, layout, dtype)
 
     def _statistics(self, layout: CheckpointLayout, token_values: torch.Tensor | None = None) -> dict | None:

@@ -53,12 +53,34 @@ def layer_statistics_of_latents(
     return _per_layer(latents, layer_ids, statistics)
 
 
+def layer_distribution(latents: np.ndarray | torch.Tensor, layer_ids: np.ndarray | torch.Tensor) -> np.ndarray:
+    """How the latent values of each layer are distributed, all of its tokens and latent dimensions together.
+
+    Mean, standard deviation, variance, mean magnitude, logarithms of standard deviation and kurtosis, and the quantiles 1,
+    25, 50, 75, 99 %: few numbers, unchanged by the order of the tokens, and a linear probe can bend them (the scale of a
+    layer stands in them as σ, σ² and log σ). Arguments and errors as in [`token_mean`].
+
+    Returns:
+        `np.ndarray` of shape `(checkpoints, layers * 11)`: float32, layers in the order of their ids.
+    """
+
+    def statistics(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(len(x), -1).astype(np.float64)  # (checkpoints, tokens * latent_size)
+        mean, var = x.mean(1), x.var(1) + 1e-12
+        kurtosis = np.square(np.square(x - mean[:, None])).mean(1) / np.square(var)
+        shape = [mean, np.sqrt(var), var, np.abs(x).mean(1), np.log(var) / 2, np.log(kurtosis + 1e-3)]
+        return np.stack([*shape, *np.quantile(x, QUANTILES, axis=1)], axis=1)
+
+    return _per_layer(latents, layer_ids, statistics)
+
+
 FEATURES = {
     "token_mean": token_mean,
     "layer_mean_std": layer_mean_std,
     "layer_statistics_of_latents": layer_statistics_of_latents,
+    "layer_distribution": layer_distribution,
 }
-DEFAULT_FEATURE = "layer_mean_std"
+DEFAULT_FEATURE = "layer_distribution"
 
 
 def _per_layer(

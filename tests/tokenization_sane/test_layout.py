@@ -48,9 +48,9 @@ def small_cnn_with_norm() -> nn.Module:
 
 
 def test_dense_lays_whole_narrow_rows_side_by_side_and_cuts_wide_rows():
-    layout = layout_of({"a.weight": (5, 3), "a.bias": (5,), "b.weight": (2, 13)}, token_size=9, packing="dense")
+    layout = layout_of({"a.weight": (5, 4), "b.weight": (2, 13)}, token_size=9, packing="dense")
     narrow, wide = layout.layers
-    # a: rows of 3 weights and a bias; two of them fit into 9 values; b: 13 values need two tokens a row
+    # a: two rows of 4 fit into 9 values; b: a row of 13 needs two tokens
     assert (narrow.rows, narrow.columns, narrow.num_tokens) == (5, 4, 3)
     assert (wide.rows, wide.columns, wide.num_tokens) == (2, 13, 4)
     assert layout.position_ids.tolist() == [
@@ -66,18 +66,36 @@ def test_dense_lays_whole_narrow_rows_side_by_side_and_cuts_wide_rows():
     assert layout.fill == pytest.approx((20 + 26) / 63)
 
 
-def test_dense_tokens_hold_a_row_of_weights_followed_by_its_bias():
-    layout = layout_of({"a.weight": (3, 2), "a.bias": (3,)}, token_size=7, packing="dense")
-    weight, bias = torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.tensor([10.0, 20, 30])
-    tokens = layout.pack({"a.weight": weight, "a.bias": bias})
-    assert tokens.tolist() == [[1, 2, 10, 3, 4, 20, 0], [5, 6, 30, 0, 0, 0, 0]]
+WEIGHT, BIAS = torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.tensor([10.0, 20, 30])
 
 
-def test_flat_tokens_run_across_rows():
-    layout = layout_of({"a.weight": (3, 2), "a.bias": (3,)}, token_size=4, packing="flat")
-    weight, bias = torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.tensor([10.0, 20, 30])
-    assert layout.pack({"a.weight": weight, "a.bias": bias}).tolist() == [[1, 2, 10, 3], [4, 20, 5, 6], [30, 0, 0, 0]]
-    assert layout.position_ids[:, 2].tolist() == [0, 1, 2]  # value 4 stands in row 1, value 8 in row 2
+@pytest.mark.parametrize(
+    ("packing", "expected"),
+    [
+        ("dense", [[1, 2, 3, 4, 0], [5, 6, 0, 0, 0], [10, 20, 30, 0, 0]]),  # two rows a token; the bias for itself
+        ("flat", [[1, 2, 3, 4, 5], [6, 0, 0, 0, 0], [10, 20, 30, 0, 0]]),  # across rows
+        ("paper", [[1, 2, 10, 0, 0], [3, 4, 20, 0, 0], [5, 6, 30, 0, 0]]),  # a row a token, its bias last
+    ],
+)
+def test_where_weights_and_bias_of_a_layer_stand(packing, expected):
+    layout = layout_of({"a.weight": (3, 2), "a.bias": (3,)}, token_size=5, packing=packing)
+    assert layout.pack({"a.weight": WEIGHT, "a.bias": BIAS}).tolist() == expected
+    assert {layer.kind for layer in layout.layers} == {"linear"}
+
+
+def test_the_vectors_of_a_norm_are_the_columns_of_one_table():
+    layout = SaneWeightTokenizer(9, "dense").layout(nn.BatchNorm2d(3))
+    (norm,) = layout.layers
+    assert ([t.name for t in norm.tensors], norm.rows, norm.columns) == (
+        ["weight", "bias", "running_mean", "running_var"],
+        3,
+        4,
+    )
+
+
+def test_the_channel_of_a_flat_token_is_the_row_it_begins_in():
+    layout = layout_of({"a.weight": (4, 3)}, token_size=5, packing="flat")
+    assert layout.position_ids[:, 2].tolist() == [0, 1, 3]  # values 0, 5 and 10 of rows of 3
 
 
 @pytest.mark.parametrize("token_size", [4, 11, 50])
@@ -105,14 +123,14 @@ def test_paper_packing_of_resnet18_has_the_papers_shape_and_positions_beyond_16_
 
 
 def test_a_convolution_with_a_single_output_channel_keeps_its_row_and_a_position_table_has_positions_as_rows():
-    layout = layout_of({"conv.weight": (1, 4, 3, 3), "conv.bias": (1,), "positions": (1, 6, 5)}, 50, "dense")
+    layout = layout_of({"conv.weight": (1, 4, 3, 3), "conv.bias": (1,), "positions": (1, 6, 5)}, 50, "paper")
     conv, positions = layout.layers
     assert (conv.rows, conv.columns, conv.kind) == (1, 37, "conv")
     assert (positions.rows, positions.columns, positions.kind) == (6, 5, "other")
 
 
-def test_recurrent_matrices_take_one_bias_each_and_are_their_own_layers():
-    layout = SaneWeightTokenizer(16).layout(nn.LSTM(3, 5, num_layers=2))
+def test_recurrent_matrices_take_one_bias_each_in_the_papers_packing():
+    layout = SaneWeightTokenizer(16, "paper").layout(nn.LSTM(3, 5, num_layers=2))
     names = [[tensor.name for tensor in layer.tensors] for layer in layout.layers]
     assert names == [
         ["weight_ih_l0", "bias_ih_l0"],

@@ -244,8 +244,8 @@ def test_a_file_of_a_known_network_has_the_order_that_the_zoo_had(tmp_path):
     network.add_module("body", nn.Linear(4, 2))
     tokenizer = SaneWeightTokenizer(5, normalization="zoo").fit([network.state_dict()])
     save_file(dict(network.state_dict()), tmp_path / "n.safetensors")  # the file sorts body before stem
-    assert SaneWeightTokenizer(5).layout(tmp_path / "n.safetensors").layers[0].name == "body"
-    assert tokenizer.layout(tmp_path / "n.safetensors").layers[0].name == "stem"
+    assert SaneWeightTokenizer(5).layout(tmp_path / "n.safetensors").order[0].startswith("body")
+    assert tokenizer.layout(tmp_path / "n.safetensors").order[0].startswith("stem")
     assert torch.equal(
         tokenizer(tmp_path / "n.safetensors")["token_values"], tokenizer(network.state_dict())["token_values"]
     )
