@@ -206,12 +206,20 @@ def _collect(folder: Path, done: dict[str, Any], seed: int) -> dict[str, Any]:
         "probe": read_json(folder / "probe" / "results.json")["probe"],
         "sample": read_json(folder / "sample" / "results.json")["sample"],
         "sample_curves": read_json(folder / "sample" / "results.json")["curves"],
-        "finetune": read_json(folder / "finetune" / "results.json")["finetune"],
+        "finetune": _named_generated(read_json(folder / "finetune" / "results.json")["finetune"]),
         "seconds": seconds | {"total": round(sum(done["seconds"].values()), 2)},
         "peak_memory_bytes": done["peak_memory_bytes"],
         "seed": seed,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _named_generated(curves: dict[str, Any]) -> dict[str, Any]:
+    """The joint samples are what stands for generated networks here."""
+    return {
+        "generated" if name == "joint" else name: _named_generated(curve) if isinstance(curve, dict) else curve
+        for name, curve in curves.items()
     }
 
 

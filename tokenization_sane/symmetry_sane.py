@@ -424,9 +424,27 @@ class _Function:
                 if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
                     tensor += 0.5 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
         self.args, self.kwargs = _call_arguments(example_inputs, generator)
+        self._calibrate_norms(generator)
         self.tensors, self.ties = _named_tensors(self.module)
         with torch.no_grad():
             self.expected = self.outputs()
+
+    @torch.no_grad()
+    def _calibrate_norms(self, generator: torch.Generator) -> None:
+        """Batch norms get statistics near those of the random network, all different, so that deep ones pass a signal on."""
+        norms = [norm for norm in self.module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+        norms = [norm for norm in norms if norm.running_var is not None]
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        with suppress(ValueError):  # one value per channel has no variance; the norms before it are done
+            self.outputs()
+        for norm in norms:
+            norm.eval()
+            mean, variance = norm.running_mean, norm.running_var
+            scale = variance.mean()
+            mean += 0.3 * scale.sqrt() * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+            variance += scale * torch.rand(variance.shape, generator=generator, dtype=variance.dtype)
 
     def outputs(self, tensors: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """All output tensors, with some of the module's tensors replaced."""

@@ -1,6 +1,7 @@
 """A zoo opened for reading: rows, layouts, symmetries, weights; from a folder or from the Hub."""
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hub_scripts.evaluation.functional import build_module
 from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, weights_from_row
-from hub_scripts.zoos.tasks import Task, load_task
+from hub_scripts.zoos.tasks import SPLITS, Task, load_task
 from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, check_finite
 
 
@@ -50,8 +51,19 @@ class Zoo:
         self.info = json.loads((self.folder / ZOO_FILE).read_text(encoding="utf-8"))
         if self.info.get("format") != ZOO_FORMAT:
             raise ValueError(f"{source} has zoo format {self.info.get('format')!r}, this version reads {ZOO_FORMAT}.")
-        self.splits: dict[str, Dataset] = dict(load_dataset(self.name, revision=revision))
+        self.splits: dict[str, Dataset] = dict(self._load(Path(source).is_dir(), revision))
         self._check()
+
+    def _load(self, is_local: bool, revision: str | None) -> Mapping[str, Dataset]:
+        if not is_local:
+            return load_dataset(self.name, revision=revision)
+        # for a folder, load_dataset(folder) would give what another folder of the same name held, out of its cache; files that
+        # are named one by one are told apart by path and time
+        files = {split: sorted(map(str, (self.folder / "data").glob(f"{split}-*.parquet"))) for split in SPLITS}
+        files = {split: names for split, names in files.items() if names}
+        if not files:
+            raise ValueError(f"{self.name} has no rows; build or import some models first.")
+        return load_dataset("parquet", data_files=files)
 
     def _check(self) -> None:
         if not sum(len(rows) for rows in self.splits.values()):
