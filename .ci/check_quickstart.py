@@ -8,9 +8,19 @@ import transformers
 
 FILES = (
     *("results.json", "report.html", "zoo/README.md", "zoo/zoo.json", "model/config.json", "model/model.safetensors"),
-    *("model/README.md", "model/preprocessor_config.json", "model/tokenizer_config.json", "embeddings/embeddings.parquet"),
+    *(
+        "model/README.md",
+        "model/preprocessor_config.json",
+        "model/tokenizer_config.json",
+        "embeddings/embeddings.parquet",
+    ),
     *("reconstruction/filters.png", "probe/predicted_test_accuracy.png", "sample/accuracy_against_distance.png"),
-    *("sample/networks/joint/000.safetensors", "finetune/finetuning.png", "plots/embeddings.png", "plots/training.png"),
+    *(
+        "sample/networks/joint/000.safetensors",
+        "finetune/finetuning.png",
+        "plots/embeddings.png",
+        "plots/training.png",
+    ),
 )
 
 

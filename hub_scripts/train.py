@@ -58,7 +58,7 @@ class TrainArguments:
     )
     token_size: int = field(default=32, metadata={"help": "Weight values in a token."})
     packing: str = field(default="flat", metadata={"help": "How layers are cut: dense, flat or paper."})
-    latent_size: int = field(default=31, metadata={"help": "Latent values for a token."})
+    latent_size: int = field(default=30, metadata={"help": "Latent values for a token."})
     hidden_size: int = field(default=96, metadata={"help": "Width of the transformer blocks."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Blocks of the encoder, and of the decoder."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of a block."})
@@ -452,7 +452,7 @@ class _Validation:
     def __init__(self, zoo: Zoo, codec: Codec, tokens: np.ndarray, accelerator: Accelerator):
         self.codec, self.accelerator, self.module = codec, accelerator, zoo.module
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        self.tokens = torch.from_numpy(np.ascontiguousarray(tokens[mine]))
+        self.tokens = torch.from_numpy(np.array(tokens[mine]))
         self.last = torch.from_numpy(
             (zoo.column("validation", "epoch") == zoo.column("validation", "epoch").max())[mine]
         )
@@ -465,10 +465,8 @@ class _Validation:
         decoded = self.codec.decode(self.codec.encode(self.tokens))
         mask = self.codec.layout.value_mask
         chosen = self.last.nonzero().flatten()[: self.max_networks]
-        hits = [
-            accuracy(batched_logits(self.module, self.codec.tensors(t[chosen]), self.images), self.labels).sum()
-            for t in (decoded, self.tokens)
-        ]
+        pair = (decoded[chosen], self.tokens[chosen])
+        hits = [self._accuracy(tokens) * len(chosen) for tokens in pair]
         values = self.tokens[:, mask].double()
         sums = [
             ((decoded[:, mask] - values) ** 2).sum(),
@@ -487,6 +485,13 @@ class _Validation:
             "accuracy_decoded": hit / networks,
             "accuracy_original": hit_original / networks,
         }
+
+    def _accuracy(self, tokens: torch.Tensor) -> float:
+        """Mean accuracy of networks given as tokens; 0 if this process has none."""
+        if not len(tokens):
+            return 0.0
+        logits = batched_logits(self.module, self.codec.tensors(tokens), self.images)
+        return accuracy(logits, self.labels).mean().item()
 
 
 def _finish(args, accelerator, model, tokenizer, zoo, layout, run, output_dir) -> dict[str, Any]:

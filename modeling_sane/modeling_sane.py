@@ -714,6 +714,24 @@ def reconstruction_loss(
         return error.square().sum() / count
 
 
+class GatherWithGradient(torch.autograd.Function):
+    """Tensors of all processes one below the other; each process gets the gradient that all of them have for its part."""
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        """Gather `(batch, ...)` to `(processes * batch, ...)`."""
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        """Sum the gradients of all processes and take the own part."""
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def nt_xent_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
     """Normalised temperature-scaled cross entropy: each view must find its partner among all other views.
 
@@ -736,9 +754,7 @@ def nt_xent_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) 
         B = first.shape[0]
         all_first, all_second, offset = first, second, 0
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            from torch.distributed.nn.functional import all_gather
-
-            pairs = torch.cat(all_gather(torch.stack([first, second], dim=1)))  # (all pairs, 2, size)
+            pairs = GatherWithGradient.apply(torch.stack([first, second], dim=1))  # (all pairs, 2, size)
             all_first, all_second = pairs.unbind(dim=1)
             offset = dist.get_rank() * B
         total = all_first.shape[0]

@@ -58,7 +58,7 @@ def layer_distribution(latents: np.ndarray | torch.Tensor, layer_ids: np.ndarray
 
     Mean, standard deviation, variance, mean magnitude, logarithms of standard deviation and kurtosis, and the quantiles 1,
     25, 50, 75, 99 %: few numbers, unchanged by the order of the tokens, and a linear probe can bend them (the scale of a
-    layer stands in them as σ, σ² and log σ). Arguments and errors as in [`token_mean`].
+    layer stands in them as itself, its square and its logarithm). Arguments and errors as in [`token_mean`].
 
     Returns:
         `np.ndarray` of shape `(checkpoints, layers * 11)`: float32, layers in the order of their ids.

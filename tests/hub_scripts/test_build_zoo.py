@@ -45,7 +45,9 @@ def test_accuracies_in_the_rows_are_those_of_the_weights_in_the_rows(tiny_zoo):
 def test_alignment_brings_models_nearer_and_can_be_undone(tiny_zoo):
     zoo = Zoo(tiny_zoo)
     rows = zoo.rows("train")
-    reference = next(i for i, row in enumerate(rows) if row["model_id"] == row["alignment_reference"] and row["epoch"] == 2)
+    reference = next(
+        i for i, row in enumerate(rows) if row["model_id"] == row["alignment_reference"] and row["epoch"] == 2
+    )
     assert rows[reference]["alignment_distance_after"] == 0
     for index in np.flatnonzero(zoo.column("train", "epoch") == 2):
         row = rows[int(index)]
@@ -109,7 +111,10 @@ def test_a_damaged_row_is_named(tiny_zoo, tmp_path):
     ("spoil", "message"),
     [
         (lambda w: w | {"fc1.weight": torch.full_like(w["fc1.weight"], float("nan"))}, "fc1.weight holds .* NaN"),
-        (lambda w: w | {"fc1.weight": w["fc1.weight"][:2].clone()}, r"fc1.weight has shape \(2, 20\).*expects \(7, 20\)"),
+        (
+            lambda w: w | {"fc1.weight": w["fc1.weight"][:2].clone()},
+            r"fc1.weight has shape \(2, 20\).*expects \(7, 20\)",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_or_are_no_numbers_are_named_with_their_row(tiny_zoo, tmp_path, spoil, message):

@@ -1,12 +1,12 @@
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from huggingface_hub.errors import StrictDataclassError
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from modeling_sane import (
@@ -24,6 +24,9 @@ B, N, D, L, H = 3, 11, 7, 5, 8  # batch, tokens, token_size, latent_size, hidden
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def make_config(**changes):
@@ -696,18 +699,21 @@ def test_a_few_steps_of_training_lower_the_loss():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def half_of_the_batch(rank, folder, views, state):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = SaneForPreTraining(make_config())
-    model.load_state_dict(state)
-    half = slice(0, 2) if rank == 0 else slice(2, 4)
-    parallel = DistributedDataParallel(model)
-    output = parallel(**{name: values[half] for name, values in views.items()})
-    output.loss.backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
-    torch.save({"loss": output.loss.item(), "gradients": gradients}, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+HALF_OF_THE_BATCH = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from modeling_sane import SaneForPreTraining
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+model = SaneForPreTraining.from_pretrained(f"{folder}/model")
+views = torch.load(f"{folder}/views.pt")
+output = DistributedDataParallel(model)(**{name: values.chunk(2)[rank] for name, values in views.items()})
+output.loss.backward()
+gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+torch.save({"loss": output.loss.item(), "gradients": gradients}, f"{folder}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
 
 
 def test_two_processes_with_half_a_batch_equal_one_with_the_whole(tmp_path):
@@ -716,9 +722,15 @@ def test_two_processes_with_half_a_batch_equal_one_with_the_whole(tmp_path):
     model = SaneForPreTraining(make_config())
     output = model(**views)
     output.loss.backward()
-    mp.spawn(half_of_the_batch, args=(str(tmp_path), views, model.state_dict()), nprocs=2)
+    model.save_pretrained(tmp_path / "model")
+    torch.save({name: values.contiguous() for name, values in views.items()}, tmp_path / "views.pt")
+    words = [sys.executable, "-c", HALF_OF_THE_BATCH, str(tmp_path)]
+    processes = [subprocess.Popen([*words, rank], cwd=ROOT, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    for process in processes:
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, errors
     halves = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert (halves[0]["loss"] + halves[1]["loss"]) / 2 == pytest.approx(output.loss.item(), rel=1e-5)
     for half in halves:
-        for parameter, gradient in zip(model.parameters(), half["gradients"], strict=True):
-            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(half["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6)
