@@ -708,7 +708,8 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 model = SaneForPreTraining.from_pretrained(f"{folder}/model")
 views = torch.load(f"{folder}/views.pt")
-output = DistributedDataParallel(model)(**{name: values.chunk(2)[rank] for name, values in views.items()})
+parallel = DistributedDataParallel(model)  # kept: it joins the gradients in backward
+output = parallel(**{name: values.chunk(2)[rank] for name, values in views.items()})
 output.loss.backward()
 gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 torch.save({"loss": output.loss.item(), "gradients": gradients}, f"{folder}/rank{rank}.pt")
@@ -733,4 +734,4 @@ def test_two_processes_with_half_a_batch_equal_one_with_the_whole(tmp_path):
     assert (halves[0]["loss"] + halves[1]["loss"]) / 2 == pytest.approx(output.loss.item(), rel=1e-5)
     for half in halves:
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(half["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(half["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
