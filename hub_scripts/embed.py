@@ -35,6 +35,10 @@ class EmbedArguments:
     feature: str = field(
         default=DEFAULT_FEATURE, metadata={"help": f"How latents become one vector: {', '.join(FEATURES)}."}
     )
+    on_error: str = field(
+        default="refuse",
+        metadata={"help": "Rows with damaged or non-finite weights: refuse (stop and name the row) or skip."},
+    )
     sources: list[str] = field(
         default_factory=list,
         init=False,
@@ -64,7 +68,7 @@ def embed(args: EmbedArguments) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         for source in args.sources:
             if _is_zoo(source):
-                rows += _embed_zoo(Zoo(source), model, tokenizer, function)
+                rows += _embed_zoo(Zoo(source, on_error=args.on_error), model, tokenizer, function)
             else:
                 layout = tokenizer.layout(source)
                 codec = Codec(model, tokenizer, layout)

@@ -45,6 +45,10 @@ class ProbeArguments:
         default=1,
         metadata={"help": "Leave out checkpoints before this epoch: untouched zero biases give epoch 0 away."},
     )
+    on_error: str = field(
+        default="refuse",
+        metadata={"help": "Rows with damaged or non-finite weights: refuse (stop and name the row) or skip."},
+    )
     seed: int = field(default=0, metadata={"help": "Of the bootstrap intervals."})
 
     def __post_init__(self):
@@ -55,7 +59,7 @@ class ProbeArguments:
 def probe(args: ProbeArguments) -> dict[str, Any]:
     """Fit and measure all probes; returns what `results.json` holds under `probe`."""
     with new_folder(args.output_dir) as folder:
-        zoo = Zoo(args.zoo)
+        zoo = Zoo(args.zoo, on_error=args.on_error)
         codec = Codec.from_pretrained(args.model, zoo.layout)
         chosen = {split: np.flatnonzero(zoo.column(split, "epoch") >= args.first_epoch) for split in SPLITS}
         empty = [split for split, rows in chosen.items() if not len(rows)]

@@ -64,6 +64,10 @@ class SampleArguments:
     count: int = field(default=50, metadata={"help": "Networks to draw for each set."})
     keep: int = field(default=10, metadata={"help": "Networks of each set to write, the best on validation images."})
     task: str | None = field(default=None, metadata={"help": "Task to judge them on; by default the zoo's own."})
+    on_error: str = field(
+        default="refuse",
+        metadata={"help": "Rows with damaged or non-finite weights: refuse (stop and name the row) or skip."},
+    )
     seed: int = field(default=0, metadata={"help": "Of anchors, draws and noise."})
 
     def __post_init__(self):
@@ -116,7 +120,7 @@ class _Judge:
 def sample(args: SampleArguments) -> dict[str, Any]:
     """Draw, judge, select and write; returns what `results.json` holds under `sample`."""
     with new_folder(args.output_dir) as folder:
-        zoo = Zoo(args.zoo)
+        zoo = Zoo(args.zoo, on_error=args.on_error)
         task = load_task(args.task) if args.task else zoo.task
         codec = Codec.from_pretrained(args.model, zoo.layout)
         judge = _Judge(zoo, codec, task)

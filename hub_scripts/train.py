@@ -125,6 +125,10 @@ class TrainArguments:
     report_to: str = field(
         default="none", metadata={"help": "Tracker that Accelerate knows (tensorboard, trackio, wandb), or none."}
     )
+    on_error: str = field(
+        default="refuse",
+        metadata={"help": "Rows with damaged or non-finite weights: refuse (stop and name the row) or skip."},
+    )
     seed: int = field(default=0, metadata={"help": "Of initial weights, windows, views and order."})
 
     def __post_init__(self):
@@ -159,7 +163,7 @@ def train(args: TrainArguments) -> dict[str, Any]:
     set_seed(args.seed)
 
     with accelerator.main_process_first():
-        zoo = Zoo(args.zoo)
+        zoo = Zoo(args.zoo, on_error=args.on_error)
         tokenizer = _tokenizer(args, zoo)
         folder = cache_folder(zoo, tokenizer)
         tokens = {split: token_cache(zoo, split, tokenizer, folder) for split in ("train", "validation")}

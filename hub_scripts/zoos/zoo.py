@@ -1,9 +1,11 @@
 """A zoo opened for reading: rows, layouts, symmetries, weights; from a folder or from the Hub."""
 
 import json
+import logging
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, weights_from_row
 from hub_scripts.zoos.tasks import SPLITS, Task, load_task
 from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, check_finite
 
+logger = logging.getLogger(__name__)
+
 
 class Zoo:
     """A zoo of one layout, read from a folder or from a dataset repository on the Hub.
@@ -24,12 +28,14 @@ class Zoo:
     Args:
         source (`str` or `Path`): folder, or repository id.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
+        on_error (`str`): `"refuse"` stops at the first row whose weights are damaged, not finite or do not fit the layout, when
+            it is read; `"skip"` looks through all rows at once, leaves those out and says which.
 
     Raises:
         ValueError: If there is no zoo, or it is empty, damaged, or lets a model stand in two splits.
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None):
+    def __init__(self, source: str | Path, revision: str | None = None, on_error: str = "refuse"):
         self.name = str(source)
         if Path(source).is_dir():
             self.folder = Path(source)
@@ -52,6 +58,8 @@ class Zoo:
         if self.info.get("format") != ZOO_FORMAT:
             raise ValueError(f"{source} has zoo format {self.info.get('format')!r}, this version reads {ZOO_FORMAT}.")
         self.splits: dict[str, Dataset] = dict(self._load(Path(source).is_dir(), revision))
+        if on_error == "skip":
+            self.splits = {split: self._without_bad_rows(split, rows) for split, rows in self.splits.items()}
         self._check()
 
     def _load(self, is_local: bool, revision: str | None) -> Mapping[str, Dataset]:
@@ -64,6 +72,30 @@ class Zoo:
         if not files:
             raise ValueError(f"{self.name} has no rows; build or import some models first.")
         return load_dataset("parquet", data_files=files)
+
+    def _without_bad_rows(self, split: str, rows: Dataset) -> Dataset:
+        good = []
+        for index, row in enumerate(rows):
+            try:
+                self._weights(split, row)
+                good.append(index)
+            except ValueError as error:
+                logger.warning("skipped: %s", error)
+        return rows if len(good) == len(rows) else rows.select(good)
+
+    def _weights(self, split: str, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The weights of a row, if they are whole, finite and fit the layout."""
+        state_dict = weights_from_row(row)
+        try:
+            check_finite(state_dict)
+            layout = self._read_layout(row["layout_id"])
+            for name, tensor in layout.tensors.items():
+                if name not in state_dict or tuple(state_dict[name].shape) != tensor.shape:
+                    found = tuple(state_dict[name].shape) if name in state_dict else "nothing"
+                    raise ValueError(f"{name} has shape {found}, the zoo's layout expects {tensor.shape}.")
+        except ValueError as error:
+            raise ValueError(f"{self.name}, {split} row {row['model_id']!r} epoch {row['epoch']}: {error}") from error
+        return state_dict
 
     def _check(self) -> None:
         if not sum(len(rows) for rows in self.splits.values()):
@@ -104,18 +136,22 @@ class Zoo:
     @cached_property
     def layout(self) -> CheckpointLayout:
         """What stands where in the zoo's checkpoints, at the layout's own token size; see `CheckpointLayout.repack`."""
-        return CheckpointLayout.from_json(self._side_file("layouts"))
+        return self._read_layout(self.layout_id)
 
     @cached_property
     def symmetries(self) -> SymmetrySpec:
         """The symmetries that were found for the zoo's architecture."""
-        return SymmetrySpec.from_json(self._side_file("symmetries"))
+        return SymmetrySpec.from_json(self._side_file("symmetries", self.layout_id))
 
-    def _side_file(self, kind: str) -> str:
-        path = self.folder / kind / f"{self.layout_id}.json"
+    @lru_cache  # noqa: B019 (a zoo lives as long as its process)
+    def _read_layout(self, layout_id: str) -> CheckpointLayout:
+        return CheckpointLayout.from_json(self._side_file("layouts", layout_id))
+
+    def _side_file(self, kind: str, layout_id: str) -> str:
+        path = self.folder / kind / f"{layout_id}.json"
         if not path.is_file():
             raise ValueError(
-                f"{self.name} has no {kind}/{self.layout_id}.json, which its rows name; build or import the zoo again."
+                f"{self.name} has no {kind}/{layout_id}.json, which its rows name; build or import the zoo again."
             )
         return path.read_text(encoding="utf-8")
 
@@ -132,7 +168,7 @@ class Zoo:
 
     def state_dict(self, split: str, index: int) -> dict[str, torch.Tensor]:
         """The (aligned) weights of one row."""
-        return weights_from_row(self.rows(split)[int(index)])
+        return self._weights(split, self.rows(split)[int(index)])
 
     def stacked(self, split: str, indices: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """Weights of many rows at once: name to `(checkpoints, *shape)`.
@@ -144,20 +180,11 @@ class Zoo:
         rows = rows if indices is None else rows.select([int(i) for i in indices])
         tensors: dict[str, torch.Tensor] = {}
         for place, row in enumerate(rows):
-            state_dict = weights_from_row(row)
-            try:
-                check_finite(state_dict)
-                for name, layout in self.layout.tensors.items():
-                    if name not in state_dict or tuple(state_dict[name].shape) != layout.shape:
-                        found = tuple(state_dict[name].shape) if name in state_dict else "nothing"
-                        raise ValueError(f"{name} has shape {found}, the zoo's layout expects {layout.shape}.")
-                    if name not in tensors:
-                        tensors[name] = torch.empty(len(rows), *layout.shape)
-                    tensors[name][place] = state_dict[name]
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.name}, {split} row {row['model_id']!r} epoch {row['epoch']}: {error}"
-                ) from error
+            state_dict = self._weights(split, row)
+            for name, layout in self.layout.tensors.items():
+                if name not in tensors:
+                    tensors[name] = torch.empty(len(rows), *layout.shape)
+                tensors[name][place] = state_dict[name]
         return tensors
 
 

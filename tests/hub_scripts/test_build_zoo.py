@@ -156,3 +156,30 @@ def test_an_unknown_task_leaves_nothing_behind(tmp_path, capsys):
     assert stopped.value.code == 1
     assert "there is no task 'cats'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_rows_are_left_out_and_named_where_that_is_asked_for(tiny_zoo, tmp_path, caplog):
+    def change(rows):
+        rows[0]["weights"] = rows[0]["weights"][:40]
+        weights = safetensors.torch.load(rows[2]["weights"])
+        rows[2]["weights"] = safetensors.torch.save(weights | {"fc1.bias": torch.full_like(weights["fc1.bias"], torch.inf)})
+        return rows
+
+    zoo = Zoo(changed(tiny_zoo, tmp_path, change), on_error="skip")
+    assert len(zoo.rows("train")) == len(Zoo(tiny_zoo).rows("train")) - 2
+    assert zoo.stacked("train")["fc1.bias"].isfinite().all()
+    assert [record.getMessage().startswith("skipped: ") for record in caplog.records] == [True, True]
+    assert "fc1.bias holds 7 NaN or infinite values" in caplog.text
+
+
+def test_a_zoo_of_one_model_says_which_split_is_missing(tiny_zoo, tmp_path):
+    folder = tmp_path / "one"
+    shutil.copytree(tiny_zoo, folder)
+    for file in [*(folder / "data").glob("validation-*"), *(folder / "data").glob("test-*")]:
+        file.unlink()
+    with pytest.raises(ValueError, match="has no models in its validation split; it has train"):
+        Zoo(folder).rows("validation")
+    for file in (folder / "data").glob("*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="has no rows; build or import some models first"):
+        Zoo(folder)

@@ -97,7 +97,10 @@ def test_a_network_of_another_kind_is_refused_with_what_to_do(tiny_model, tmp_pa
 def test_probing_compares_features_on_the_same_checkpoints(tiny_zoo, tiny_model, tmp_path):
     results = probe(
         ProbeArguments(
-            model=str(tiny_model), zoo=str(tiny_zoo), output_dir=str(tmp_path / "p"), properties=["test_accuracy", "epoch"]
+            model=str(tiny_model),
+            zoo=str(tiny_zoo),
+            output_dir=str(tmp_path / "p"),
+            properties=["test_accuracy", "epoch"],
         )
     )
     assert set(results) == {"test_accuracy", "epoch"}
@@ -111,7 +114,9 @@ def test_probing_compares_features_on_the_same_checkpoints(tiny_zoo, tiny_model,
 @pytest.mark.parametrize("name", ["colour", "architecture"])
 def test_a_property_that_is_missing_or_text_is_refused(tiny_zoo, tiny_model, tmp_path, name):
     with pytest.raises(ValueError, match=f"column '{name}'"):
-        probe(ProbeArguments(model=str(tiny_model), zoo=str(tiny_zoo), output_dir=str(tmp_path / "p"), properties=[name]))
+        probe(
+            ProbeArguments(model=str(tiny_model), zoo=str(tiny_zoo), output_dir=str(tmp_path / "p"), properties=[name])
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -161,7 +166,9 @@ def test_sampling_settings_are_checked(change, message):
 # ---------------------------------------------------------------------------------------------------- fine-tune
 def test_finetuning_starts_from_the_sets_and_from_scratch(samples, tmp_path):
     sets = [str(samples / "networks" / name) for name in ("joint", "anchors")]
-    results = finetune(FinetuneArguments(init=[*sets, "scratch"], output_dir=str(tmp_path / "f"), epochs=2, batch_size=100))
+    results = finetune(
+        FinetuneArguments(init=[*sets, "scratch"], output_dir=str(tmp_path / "f"), epochs=2, batch_size=100)
+    )
     info = json.loads((samples / "networks" / "networks.json").read_text())
     assert results["epochs"] == [0, 1, 2]
     assert results["joint"][0] == pytest.approx(np.mean([e["test_accuracy"] for e in info["sets"]["joint"]]), abs=1e-5)
@@ -178,10 +185,15 @@ def test_finetuning_needs_to_know_the_architecture(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- inspect, sane
 def test_inspecting_reads_the_header_alone(tmp_path):
-    save_file({"a.weight": torch.ones(5, 3), "a.bias": torch.ones(5), "steps": torch.tensor(1)}, tmp_path / "n.safetensors")
+    save_file(
+        {"a.weight": torch.ones(5, 3), "a.bias": torch.ones(5), "steps": torch.tensor(1)}, tmp_path / "n.safetensors"
+    )
     found = inspect_checkpoint(str(tmp_path / "n.safetensors"), token_size=8)
     assert (found["num_parameters"], found["num_tokens"], found["passthrough"]) == (20, 4, ["steps"])
-    assert [(layer["kind"], layer["rows"], layer["columns"]) for layer in found["layers"]] == [("linear", 5, 1), ("linear", 5, 3)]
+    assert [(layer["kind"], layer["rows"], layer["columns"]) for layer in found["layers"]] == [
+        ("linear", 5, 1),
+        ("linear", 5, 3),
+    ]
 
 
 def cli_main(*words):

@@ -734,4 +734,6 @@ def test_two_processes_with_half_a_batch_equal_one_with_the_whole(tmp_path):
     assert (halves[0]["loss"] + halves[1]["loss"]) / 2 == pytest.approx(output.loss.item(), rel=1e-5)
     for half in halves:
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(half["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                half["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
