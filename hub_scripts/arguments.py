@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 Arguments = TypeVar("Arguments")
@@ -53,12 +54,15 @@ def run_command(command: Callable[[Any], Any], arguments: Any, program: str) -> 
     """Run a command; what users can mend ends in one sentence on stderr and exit code 1."""
     try:
         command(arguments)
-    except OSError as error:
-        reason = (
-            "there is no space left on the device; free some and start again" if error.errno == errno.ENOSPC else error
-        )
-        _fail(program, reason)
     except ValueError as error:
+        _fail(program, error)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors tell of a full disk in errors of their own
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full or "failed writing file" in str(error):
+            _fail(program, "there is no space left on the device; free some and start again.")
+        if not isinstance(error, OSError):
+            raise
         _fail(program, error)
     except KeyboardInterrupt:
         _fail(program, "interrupted; the same command goes on from here", code=130)

@@ -82,6 +82,13 @@ def claim_folder(target: str | Path, command: str, settings: dict[str, Any]) -> 
     return False
 
 
+def release_folder(target: str | Path) -> None:
+    """Undo [`claim_folder`] where nothing else was written."""
+    target = Path(target)
+    if [path.name for path in target.iterdir()] == [MARKER]:
+        shutil.rmtree(target)
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON so that a reader sees all of it or what stood there before; NumPy numbers and NaN are made plain."""
     write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")

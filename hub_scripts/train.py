@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.codec import Codec
 from hub_scripts.evaluation.functional import accuracy, batched_logits, behavioural_loss
-from hub_scripts.outputs import claim_folder, read_json, write_json, write_text
+from hub_scripts.outputs import claim_folder, read_json, release_folder, write_json, write_text
 from hub_scripts.zoos.cards import model_card
 from hub_scripts.zoos.views import StepSampler, WindowDataset, collate
 from hub_scripts.zoos.zoo import Zoo, token_cache
@@ -157,9 +157,17 @@ class TrainArguments:
 def train(args: TrainArguments) -> dict[str, Any]:
     """Train, evaluate and save; returns what `results.json` holds."""
     accelerator = _accelerator(args)
-    output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
-        _claim(args, output_dir, accelerator.is_main_process)
+        _claim(args, Path(args.output_dir), accelerator.is_main_process)
+    try:
+        return _train(args, accelerator, Path(args.output_dir))
+    except BaseException:
+        if accelerator.is_main_process:
+            release_folder(args.output_dir)  # a run that wrote nothing leaves nothing
+        raise
+
+
+def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> dict[str, Any]:
     set_seed(args.seed)
 
     with accelerator.main_process_first():

@@ -162,7 +162,9 @@ def test_bad_rows_are_left_out_and_named_where_that_is_asked_for(tiny_zoo, tmp_p
     def change(rows):
         rows[0]["weights"] = rows[0]["weights"][:40]
         weights = safetensors.torch.load(rows[2]["weights"])
-        rows[2]["weights"] = safetensors.torch.save(weights | {"fc1.bias": torch.full_like(weights["fc1.bias"], torch.inf)})
+        rows[2]["weights"] = safetensors.torch.save(
+            weights | {"fc1.bias": torch.full_like(weights["fc1.bias"], torch.inf)}
+        )
         return rows
 
     zoo = Zoo(changed(tiny_zoo, tmp_path, change), on_error="skip")

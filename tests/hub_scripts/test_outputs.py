@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.outputs import claim_folder, new_folder, write_json
@@ -100,6 +101,10 @@ def test_wrong_arguments_end_in_one_sentence_and_exit_code_2(capsys, argv, messa
     [
         (ValueError("the zoo is empty."), "sane x: error: the zoo is empty."),
         (OSError(errno.ENOSPC, "No space left on device"), "no space left on the device; free some"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "no space left on the device; free some",
+        ),
     ],
 )
 def test_what_users_can_mend_ends_in_one_sentence(capsys, error, message):

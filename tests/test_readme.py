@@ -1,0 +1,23 @@
+"""The README's first block of code runs and prints what its comments say."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_block_prints_what_its_comments_say(capsys):
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
+    assert len(promised) == len(printed) == 4
+    for found, comment in zip(printed, promised, strict=True):
+        assert comment.startswith(found), (found, comment)
+
+
+def test_every_command_of_the_readme_exists():
+    from hub_scripts.cli import COMMANDS
+
+    named = set(re.findall(r"`sane ([a-z-]+)", README))
+    assert named == set(COMMANDS)
