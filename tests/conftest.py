@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny import TINY_TRAINING
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
@@ -42,21 +44,6 @@ def tiny_zoo(tmp_path_factory) -> Path:
         )
     )
     return folder
-
-
-TINY_TRAINING = {
-    "token_size": 16,
-    "latent_size": 15,
-    "hidden_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "batch_size": 4,
-    "behavioural_networks": 2,
-    "behavioural_images": 5,
-    "max_steps": 6,
-    "eval_steps": 3,
-    "save_steps": 2,
-}
 
 
 @pytest.fixture(scope="session")

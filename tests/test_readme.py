@@ -1,5 +1,6 @@
 """The README's first block of code runs and prints what its comments say."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,12 @@ def test_the_first_block_prints_what_its_comments_say(capsys):
     assert len(promised) == len(printed) == 4
     for found, comment in zip(printed, promised, strict=True):
         assert comment.startswith(found), (found, comment)
+
+
+def test_the_table_holds_the_figures_that_were_kept():
+    from benchmarks.quickstart import BEGIN, END, KEPT, table
+
+    assert BEGIN + table(json.loads(KEPT.read_text())) + END in README
 
 
 def test_every_command_of_the_readme_exists():

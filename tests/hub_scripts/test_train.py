@@ -16,21 +16,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from hub_scripts import train as command
 from hub_scripts.train import TrainArguments, train
+from tests.tiny import TINY_TRAINING as SETTINGS
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {
-    "token_size": 16,
-    "latent_size": 15,
-    "hidden_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "batch_size": 4,
-    "behavioural_networks": 2,
-    "behavioural_images": 5,
-    "max_steps": 6,
-    "eval_steps": 3,
-    "save_steps": 2,
-}
 
 
 def flags(settings: dict) -> list[str]:
