@@ -88,7 +88,8 @@ def probe(args: ProbeArguments) -> dict[str, Any]:
                 predictions.setdefault(name, {})[kind] = found.predictions
             predictions[name]["true"] = targets["test"]
         shown = {k: v for k, v in predictions[args.properties[0]].items() if k != "true"}
-        figure = plots.predicted_against_true(predictions[args.properties[0]]["true"], shown, args.properties[0])
+        what = args.properties[0].replace("_", " ")
+        figure = plots.predicted_against_true(predictions[args.properties[0]]["true"], shown, what)
         figure.savefig(folder / f"predicted_{args.properties[0]}.png")
         counts = {split: len(rows) for split, rows in chosen.items()}
         write_json(folder / "results.json", {"probe": results, "checkpoints": counts, "arguments": asdict(args)})

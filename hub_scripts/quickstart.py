@@ -195,11 +195,10 @@ def _collect(folder: Path, done: dict[str, Any], seed: int) -> dict[str, Any]:
     """All figures in one place."""
     zoo = read_json(folder / "zoo" / "zoo.json")
     seconds = dict(done["seconds"])
-    seconds |= {
-        "zoo": zoo["seconds_train"],
-        "align": zoo["seconds_align"],
-        "train": read_json(folder / "model" / "results.json")["seconds"],
-    }
+    # a run that was interrupted and went on counts with all of its time
+    seconds["train"] = max(seconds["train"], read_json(folder / "model" / "results.json")["seconds"])
+    total = round(sum(seconds.values()), 2)
+    seconds |= {"zoo": zoo["seconds_train"], "align": zoo["seconds_align"], "total": total}
     return {
         "zoo": {"models": zoo["num_models"], "checkpoints": zoo["num_checkpoints"], "seconds": zoo["seconds_train"]},
         "reconstruction": read_json(folder / "reconstruction" / "results.json")["reconstruction"],
@@ -207,7 +206,7 @@ def _collect(folder: Path, done: dict[str, Any], seed: int) -> dict[str, Any]:
         "sample": read_json(folder / "sample" / "results.json")["sample"],
         "sample_curves": read_json(folder / "sample" / "results.json")["curves"],
         "finetune": _named_generated(read_json(folder / "finetune" / "results.json")["finetune"]),
-        "seconds": seconds | {"total": round(sum(done["seconds"].values()), 2)},
+        "seconds": seconds,
         "peak_memory_bytes": done["peak_memory_bytes"],
         "seed": seed,
         "versions": {"python": platform.python_version()}
