@@ -144,10 +144,10 @@ def test_recurrent_matrices_take_one_bias_each_in_the_papers_packing():
 def test_module_types_give_kinds_and_the_axis_of_output_channels():
     net = nn.ModuleDict(
         {
-            "up": nn.ConvTranspose2d(3, 7, 2),
+            "up": nn.ConvTranspose2d(3, 7, 2, bias=False),
             "words": nn.Embedding(11, 5),
             "norm": nn.LayerNorm(5),
-            "out": nn.Linear(5, 2),
+            "out": nn.Linear(5, 2, bias=False),
         }
     )
     layout = SaneWeightTokenizer(16).layout(net)
