@@ -50,6 +50,20 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None, program: str)
         parser.error(str(error))
 
 
+def require_source(source: str | Path, what: str) -> None:
+    """Refuse a path that is not there; what looks like `name` or `namespace/name` may be a repository.
+
+    Raises:
+        ValueError: The Hub's own message for a mistyped path would speak of repository names.
+    """
+    path = Path(source)
+    looks_like_a_path = (
+        path.is_absolute() or path.suffix == ".safetensors" or len(path.parts) > 2 or path.parts[:1] == ("..",)
+    )
+    if looks_like_a_path and not path.exists():
+        raise ValueError(f"{what} {source} does not exist.")
+
+
 def run_command(command: Callable[[Any], Any], arguments: Any, program: str) -> None:
     """Run a command; what users can mend ends in one sentence on stderr and exit code 1."""
     try:

@@ -6,8 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hub_scripts.arguments import require_source
 from modeling_sane import SaneModel
 from tokenization_sane import CheckpointLayout, SaneWeightTokenizer
+
+
+def load_pretrained(source: str | Path) -> tuple[SaneModel, SaneWeightTokenizer]:
+    """Model (in eval mode) and tokenizer from one folder or Hub repository."""
+    require_source(source, "the model")
+    return SaneModel.from_pretrained(source).eval(), SaneWeightTokenizer.from_pretrained(source)
 
 
 class Codec:
@@ -35,8 +42,7 @@ class Codec:
     @classmethod
     def from_pretrained(cls, source: str | Path, layout: CheckpointLayout) -> "Codec":
         """Load model and tokenizer from a folder or a Hub repository."""
-        model = SaneModel.from_pretrained(source).eval()
-        return cls(model, SaneWeightTokenizer.from_pretrained(source), layout)
+        return cls(*load_pretrained(source), layout)
 
     def tokens(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Normalised tokens `(networks, tokens, token_size)` of stacked tensors `(networks, *shape)`."""

@@ -8,8 +8,8 @@ import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from hub_scripts.arguments import parse_arguments, run_command
-from hub_scripts.codec import Codec
+from hub_scripts.arguments import parse_arguments, require_source, run_command
+from hub_scripts.codec import Codec, load_pretrained
 from hub_scripts.evaluation.features import DEFAULT_FEATURE, FEATURES
 from hub_scripts.outputs import new_folder, write_json
 from hub_scripts.zoos.schema import ZOO_FILE
@@ -62,11 +62,12 @@ def embed_split(zoo: Zoo, split: str, codec: Codec) -> np.ndarray:
 
 def embed(args: EmbedArguments) -> dict[str, Any]:
     """Embed all sources; returns counts."""
-    model, tokenizer = SaneModel.from_pretrained(args.model).eval(), SaneWeightTokenizer.from_pretrained(args.model)
+    model, tokenizer = load_pretrained(args.model)
     function = FEATURES[args.feature]
     with new_folder(args.output_dir) as folder:
         rows: list[dict[str, Any]] = []
         for source in args.sources:
+            require_source(source, "the source")
             if _is_zoo(source):
                 rows += _embed_zoo(Zoo(source, on_error=args.on_error), model, tokenizer, function)
             else:

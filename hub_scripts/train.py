@@ -23,7 +23,7 @@ from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hub_scripts.arguments import parse_arguments, run_command
+from hub_scripts.arguments import parse_arguments, require_source, run_command
 from hub_scripts.codec import Codec
 from hub_scripts.evaluation.functional import accuracy, batched_logits, behavioural_loss
 from hub_scripts.outputs import claim_folder, read_json, release_folder, write_json, write_text
@@ -278,6 +278,7 @@ def _claim(args: TrainArguments, output_dir: Path, is_main_process: bool) -> Non
 def _tokenizer(args: TrainArguments, zoo: Zoo) -> SaneWeightTokenizer:
     """A tokenizer with the statistics of the zoo's train split."""
     if args.model_name_or_path:
+        require_source(args.model_name_or_path, "the model")
         source = SaneWeightTokenizer.from_pretrained(args.model_name_or_path)
         tokenizer = SaneWeightTokenizer(source.token_size, source.packing, "zoo")
     else:

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm.auto import tqdm
 
+from hub_scripts.arguments import require_source
 from hub_scripts.evaluation.functional import build_module
 from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, weights_from_row
 from hub_scripts.zoos.tasks import SPLITS, Task, load_task
@@ -37,6 +38,7 @@ class Zoo:
 
     def __init__(self, source: str | Path, revision: str | None = None, on_error: str = "refuse"):
         self.name = str(source)
+        require_source(source, "the zoo")
         if Path(source).is_dir():
             self.folder = Path(source)
         else:

@@ -93,6 +93,29 @@ def test_a_network_of_another_kind_is_refused_with_what_to_do(tiny_model, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("embed", "--model", "MODEL", "OUT/a.safetensors"), "the source OUT/a.safetensors does not exist."),
+        (("embed", "--model", "OUT/model", "ZOO"), "the model OUT/model does not exist."),
+        (("probe", "--model", "MODEL", "--zoo", "OUT/zoo"), "the zoo OUT/zoo does not exist."),
+    ],
+)
+def test_a_mistyped_path_is_called_that(tiny_model, tiny_zoo, tmp_path, capsys, words, message):
+    places = {"MODEL": str(tiny_model), "ZOO": str(tiny_zoo), "OUT": str(tmp_path)}
+
+    def filled(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    with pytest.raises(SystemExit) as stopped:
+        cli_main(*map(filled, words), "--output_dir", tmp_path / "out")
+    assert stopped.value.code == 1
+    assert filled(message) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------- probe
 def test_probing_compares_features_on_the_same_checkpoints(tiny_zoo, tiny_model, tmp_path):
     results = probe(
