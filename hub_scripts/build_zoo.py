@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.evaluation.functional import build_module
-from hub_scripts.outputs import new_folder
+from hub_scripts.outputs import new_folder, write_json
 from hub_scripts.zoos.cards import zoo_card
 from hub_scripts.zoos.population import INITIALISATIONS, Member, Snapshot, train_population
-from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, features, weights_to_bytes, write_json, write_split
+from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, features, weights_to_bytes, write_split
 from hub_scripts.zoos.tasks import SPLITS, load_task
 from tokenization_sane import SaneWeightTokenizer, SymmetrySpec, WeightMatcher, find_symmetries, weight_distance
 

@@ -12,7 +12,7 @@ from hub_scripts.embed import embed_split
 from hub_scripts.evaluation import plots
 from hub_scripts.evaluation.baselines import layer_statistics, weight_features
 from hub_scripts.evaluation.features import DEFAULT_FEATURE, FEATURES
-from hub_scripts.evaluation.probes import bootstrap_r2, ridge_probe
+from hub_scripts.evaluation.probes import bootstrap_r2, ridge_probes
 from hub_scripts.outputs import new_folder, write_json
 from hub_scripts.zoos.tasks import SPLITS
 from hub_scripts.zoos.zoo import Zoo
@@ -68,29 +68,30 @@ def probe(args: ProbeArguments) -> dict[str, Any]:
                 f"{args.zoo} has no checkpoints of epoch {args.first_epoch} or later in its {empty[0]} split."
             )
         features = _features(zoo, codec, args.feature, chosen)
-        results: dict[str, Any] = {}
-        predictions: dict[str, Any] = {}
+        targets = {name: _targets(zoo, name, chosen) for name in args.properties}
+        by_split = {split: {name: values[split] for name, values in targets.items()} for split in SPLITS}
+        # one decomposition of each feature serves all properties
+        probes = {
+            kind: ridge_probes(*(part for split in SPLITS for part in (sets[split], by_split[split])))
+            for kind, sets in features.items()
+        }
+        model_ids = zoo.column("test", "model_id")[chosen["test"]]
+        results: dict[str, Any] = {name: {} for name in args.properties}
         for name in args.properties:
-            targets = _targets(zoo, name, chosen)
-            model_ids = zoo.column("test", "model_id")[chosen["test"]]
-            results[name] = {}
-            for kind, sets in features.items():
-                found = ridge_probe(*(part for split in SPLITS for part in (sets[split], targets[split])))
-                low, high = bootstrap_r2(targets["test"], found.predictions, model_ids, seed=args.seed)
+            for kind, found in probes.items():
+                low, high = bootstrap_r2(by_split["test"][name], found[name].predictions, model_ids, seed=args.seed)
                 results[name][kind] = {
-                    "r2": found.r2,
+                    "r2": found[name].r2,
                     "r2_low": low,
                     "r2_high": high,
-                    "kendall_tau": found.kendall_tau,
-                    "alpha": found.alpha,
-                    "num_features": sets["train"].shape[1],
+                    "kendall_tau": found[name].kendall_tau,
+                    "alpha": found[name].alpha,
+                    "num_features": features[kind]["train"].shape[1],
                 }
-                predictions.setdefault(name, {})[kind] = found.predictions
-            predictions[name]["true"] = targets["test"]
-        shown = {k: v for k, v in predictions[args.properties[0]].items() if k != "true"}
-        what = args.properties[0].replace("_", " ")
-        figure = plots.predicted_against_true(predictions[args.properties[0]]["true"], shown, what)
-        figure.savefig(folder / f"predicted_{args.properties[0]}.png")
+        shown = args.properties[0]
+        predictions = {kind: found[shown].predictions for kind, found in probes.items()}
+        figure = plots.predicted_against_true(by_split["test"][shown], predictions, shown.replace("_", " "))
+        figure.savefig(folder / f"predicted_{shown}.png")
         counts = {split: len(rows) for split, rows in chosen.items()}
         write_json(folder / "results.json", {"probe": results, "checkpoints": counts, "arguments": asdict(args)})
     return results

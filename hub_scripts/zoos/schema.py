@@ -10,7 +10,6 @@ zoo/
 ```
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,9 +78,3 @@ def write_split(folder: Path, split: str, rows: list[dict[str, Any]], columns: F
     for index, name in enumerate(names):
         table.shard(count, index, contiguous=True).to_parquet(str(folder / name))
     return names
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON as people like to read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -28,11 +28,6 @@ class Task:
     pixel_mean: float
     pixel_std: float
 
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Channels, height and width."""
-        return tuple(self.images["train"].shape[1:])
-
 
 def load_task(name: str) -> Task:
     """Load a task by name.
