@@ -169,6 +169,9 @@ def train(args: TrainArguments) -> dict[str, Any]:
 
 def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> dict[str, Any]:
     set_seed(args.seed)
+    if args.report_to != "none":
+        settings = {name: value for name, value in asdict(args).items() if value is not None}
+        accelerator.init_trackers("trackers", config=settings)
 
     with accelerator.main_process_first():
         zoo = Zoo(args.zoo, on_error=args.on_error)
@@ -254,6 +257,8 @@ def _accelerator(args: TrainArguments) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
+    if args.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"--report-to {args.report_to} is not installed; try pip install 'sane-hub[track]'.")
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise ValueError(

@@ -176,6 +176,18 @@ def test_a_zoo_that_is_too_small_and_a_window_that_is_too_short_say_so(tiny_zoo,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
+def test_a_tracker_that_is_unknown_or_missing_is_named(tiny_zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    for name, message in [
+        ("abacus", "Unsupported logging capability"),
+        ("tensorboard", "tensorboard is not installed"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(TrainArguments(zoo=str(tiny_zoo), output_dir=str(tmp_path / "m"), report_to=name, **SETTINGS))
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------- real processes
 def launch(words: list[str], **environment: str) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
