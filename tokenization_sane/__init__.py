@@ -2,6 +2,7 @@
 
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig
 
+from .checkpoint_sane import CheckpointFiles
 from .layout_sane import LAYER_KINDS, PACKINGS, CheckpointLayout, LayerLayout, TensorLayout, TensorSpec
 from .symmetry_sane import (
     SymmetryGroup,
@@ -13,7 +14,7 @@ from .symmetry_sane import (
     match_weights,
     weight_distance,
 )
-from .tokenization_sane import CheckpointFiles, SaneWeightTokenizer, check_finite
+from .tokenization_sane import SaneWeightTokenizer, check_finite
 
 
 class SaneWeightTokenizerKey(PreTrainedConfig):
