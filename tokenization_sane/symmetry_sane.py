@@ -19,6 +19,7 @@ finds a network that was only permuted: from the nearer of the two.
 """
 
 import copy
+import itertools
 import json
 import math
 import time
@@ -789,11 +790,11 @@ def _dependency_graph(function: _Function) -> Any:
             if not nodes:
                 raise ValueError(f"torch-pruning cannot trace this module: {type(error).__name__}: {error}") from error
             # the graph stands, only the index mapping of one node failed: do the others; verification judges the result
-            updates = ("concat", "split", "reshape", "unbind", "expand", "slice")
             for node in nodes.values():
-                for update in updates:
+                update = getattr(index_mapping, f"update_{node.type.name.lower()}_index_mapping", None)
+                if update is not None:
                     with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-                        getattr(index_mapping, f"update_{update}_index_mapping")(graph, node)
+                        update(graph, node)
     for node in graph.module2node.values():
         _correct_mapping(node)
     return graph
@@ -810,13 +811,27 @@ def _correct_mapping(node: Any) -> None:
         if None in sizes or sum(sizes) != shapes[0][axis]:  # along another axis: channels stay where they are
             for neighbour in node.inputs:
                 _set_mappings(node, neighbour, 1, None, None)
-    elif kind.startswith("Split") and len(shapes[0]) == 3 and history._saved_dim == 2:
-        starts = np.cumsum([0, *(shape[2] for shape in shapes)])
+        sources = [source for source, _ in history.next_functions]
+        if axis == 1 and len({id(source) for source in sources}) == len(sources):
+            lengths = [source._input_metadata[number].shape[1] if source else 0 for source, number in history.next_functions]
+            for source, stop, length in zip(sources, np.cumsum(lengths).tolist(), lengths, strict=True):
+                for neighbour in node.inputs:
+                    if neighbour.grad_fn is source and sum(lengths) == shapes[0][1]:
+                        part = (stop - length, stop)
+                        _set_mappings(node, neighbour, 1, _Part(*part, False), _Part(*part, True))
+    elif kind.startswith("Split") and history._saved_dim == (2 if len(shapes[0]) == 3 else 1):
+        axis = history._saved_dim
+        starts = np.cumsum([0, *(shape[axis] for shape in shapes)])
         for reader in node.outputs:
             for source, number in getattr(reader.grad_fn, "next_functions", ()):
                 if source is history:
                     start, stop = starts[number], starts[number + 1]
                     _set_mappings(node, reader, 0, _Part(start, stop, False), _Part(start, stop, True))
+    elif kind.startswith("Slice") and history._saved_step != 1:  # every other pixel; channels are not skipped
+        for neighbour in node.inputs:
+            _set_mappings(node, neighbour, 0, None, None)
+    elif "View" in kind and shapes and len(shapes[0]) == 5:
+        _correct_shuffle(node, shapes[0])
     elif (
         kind.startswith("Expand") and shapes and len(shapes[0]) == 5
     ):  # key and value heads repeated for their queries
@@ -832,6 +847,30 @@ def _correct_mapping(node: Any) -> None:
         for neighbour in node.inputs:
             if neighbour.grad_fn in shared:
                 _set_mappings(node, neighbour, 0, _Repeat(repeat, size, True), _Repeat(repeat, size, False))
+
+
+def _correct_shuffle(node: Any, shape: tuple[int, ...]) -> None:
+    """Channels seen as `(batch, groups, channels of a group, height, width)`, and back with the two swapped."""
+    chain = [node]
+    while len(chain) < 4 and len(chain[-1].outputs) == 1:
+        chain.append(chain[-1].outputs[0])
+        history = chain[-1].grad_fn
+        kind = history.name() if hasattr(history, "name") else ""
+        if kind.startswith("Transpose") and {history._saved_dim0, history._saved_dim1} != {1, 2}:
+            return
+        if "View" in kind:
+            break
+        if not kind.startswith(("Transpose", "Clone")):
+            return
+    joined = tuple(chain[-1].grad_fn._input_metadata[0].shape)
+    if len(chain) < 3 or "View" not in chain[-1].grad_fn.name() or joined != (shape[0], shape[1] * shape[2], *shape[3:]):
+        return
+    order = np.arange(joined[1]).reshape(shape[1:3]).T.ravel()  # channel `order[c]` becomes channel `c`
+    readers = [(chain[-1], reader) for reader in chain[-1].outputs]
+    for first, second in [*itertools.pairwise(chain), *readers]:
+        _set_mappings(first, second, 0, None, None)
+    for source in node.inputs:
+        _set_mappings(node, source, 0, _Reordered(order), _Reordered(np.argsort(order)))
 
 
 def _set_mappings(node: Any, neighbour: Any, place: int, towards: Any, back: Any) -> None:
@@ -853,6 +892,15 @@ class _Part(NamedTuple):
         if self.to_whole:
             return [_Index(pair.idx + self.start, pair.root_idx) for pair in pairs]
         return [_Index(pair.idx - self.start, pair.root_idx) for pair in pairs if self.start <= pair.idx < self.stop]
+
+
+class _Reordered(NamedTuple):
+    """Channel `c` on one side is channel `order[c]` on the other."""
+
+    order: np.ndarray
+
+    def __call__(self, pairs: Sequence[_Index]) -> list[_Index]:
+        return [_Index(int(self.order[pair.idx]), pair.root_idx) for pair in pairs if pair.idx < len(self.order)]
 
 
 class _Repeat(NamedTuple):
