@@ -160,6 +160,7 @@ def _align(snapshots: list[Snapshot], reference: int, spec: SymmetrySpec) -> lis
     """
     last = snapshots[-1].tensors
     target = {name: tensor[reference] for name, tensor in last.items()}
+    spec = spec.of_kind("permutation", "sign")  # scales would change the values that statistics are made of
     matcher = WeightMatcher(spec, target)
     alignment = []
     for number in tqdm(range(len(next(iter(last.values())))), desc="align", unit="network"):
@@ -198,7 +199,7 @@ def _rows(args, members, snapshots, models, alignment, reference, layout) -> lis
                 "alignment_reference": members[reference].model_id,
                 "alignment_distance_before": entry["alignment_distance_before"],
                 "alignment_distance_after": entry["alignment_distance_after"],
-                "alignment_permutations": [permutation.tolist() for permutation in entry["draw"]],
+                "alignment_permutations": [value.long().tolist() for value in entry["draw"]],
             }
         )
     return rows

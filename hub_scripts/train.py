@@ -190,7 +190,8 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
     run.set_learning_rate(optimizer)
 
     spec = zoo.symmetries if args.permute else None
-    dataset = WindowDataset(tokens["train"], layout, config.window_size, spec, args.noise, args.seed)
+    statistics = tokenizer.zoo[layout.fingerprint]["statistics"]
+    dataset = WindowDataset(tokens["train"], layout, config.window_size, spec, args.noise, args.seed, statistics)
     sampler = StepSampler(
         len(dataset),
         args.batch_size,

@@ -2,18 +2,11 @@
 
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig
 
-from .checkpoint_sane import CheckpointFiles
+from .alignment_sane import Alignment, WeightMatcher, align, match_weights, weight_distance
+from .checkpoint_sane import CheckpointFiles, CheckpointWriter
+from .find_symmetries_sane import find_symmetries
 from .layout_sane import LAYER_KINDS, PACKINGS, CheckpointLayout, LayerLayout, TensorLayout, TensorSpec
-from .symmetry_sane import (
-    SymmetryGroup,
-    SymmetryItem,
-    SymmetrySpec,
-    WeightMatcher,
-    align,
-    find_symmetries,
-    match_weights,
-    weight_distance,
-)
+from .symmetry_sane import SymmetryGroup, SymmetryItem, SymmetrySpec
 from .tokenization_sane import SaneWeightTokenizer, check_finite
 
 

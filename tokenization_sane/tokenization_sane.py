@@ -1,19 +1,27 @@
 """SaneWeightTokenizer: a checkpoint as a sequence of weight tokens, and back bit for bit."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
 from .checkpoint_sane import CheckpointFiles, module_specs, read_checkpoint, state_dict_specs
-from .layout_sane import CheckpointLayout
+from .layout_sane import CheckpointLayout, TensorLayout
 
 NORMALIZATIONS = ("none", "checkpoint", "zoo")
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+MOMENTS_CHUNK = (
+    2**16
+)  # values whose moments are taken at once; they stay in the cache, larger ones take four times as long
+KEPT_LAYOUTS = 8
+KEPT_LAYOUT_VALUES = 2**26  # larger layouts are not kept: the mask alone takes that many bytes
 SMALLEST_STD = 1e-8  # a tensor that does not vary (the zero biases of an untrained network) is shifted, not scaled
 
 
@@ -56,30 +64,49 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         super().__init__(**kwargs)
 
     # ---------------------------------------------------------------------------------------------------- layout
-    def layout(self, source: Any) -> CheckpointLayout:
+    def layout(self, source: Any, allow_pickle: bool = False) -> CheckpointLayout:
         """What stands where in a checkpoint; made from its header, no weight is read.
 
         Args:
-            source (`nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `Path`): a network, a state dict, a safetensors file,
-                a folder with one or with sharded ones.
+            source (`nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `Path`): a network, a state dict, a file, a folder with
+                one or with shards, or a Hub repository; see [`CheckpointFiles`].
+            allow_pickle (`bool`, defaults to `False`): True opens pickles too, with `weights_only=True`.
 
         Returns:
             [`CheckpointLayout`]: in the order of the source. A checkpoint with the same tensors as one of the zoo that the
-            tokenizer was fitted to has that zoo's order and layer kinds, so that one network has one sequence.
+            tokenizer was fitted to has that zoo's order and layer kinds, so that one network has one sequence. Layouts are kept,
+            so that checkpoints of one architecture share masks and positions.
         """
         if isinstance(source, nn.Module):
-            specs, ties, order = *module_specs(source), source.state_dict()
-        elif isinstance(source, Mapping):
-            specs, ties, order = *state_dict_specs(source), source
-        else:
-            with CheckpointFiles(source) as files:
-                specs, ties, order = files.specs, files.ties, None
-        layout = CheckpointLayout.build(specs, self.token_size, self.packing, ties, order)
-        known = self.zoo.get(layout.fingerprint)
-        if known is None:
-            return layout
-        dtypes = {spec.name: spec.dtype for spec in specs}
-        return _with_dtypes(CheckpointLayout.from_dict(known["layout"]), dtypes).repack(self.token_size, self.packing)
+            state_dict = source.state_dict()
+            _check_strided(state_dict)
+            return self._place(*module_specs(source), state_dict)
+        if isinstance(source, Mapping):
+            _check_strided(source)
+            return self._place(*state_dict_specs(source), source)
+        with CheckpointFiles(source, allow_pickle) as files:
+            return self._place(files.specs, files.ties, None)
+
+    def _place(self, specs: list, ties: Mapping[str, str], order: Iterable[str] | None) -> CheckpointLayout:
+        """The layout of these tensors: one made before, else a new one, in the order that the zoo has."""
+        names = None if order is None else tuple(order)
+        key = (tuple(specs), tuple(ties.items()), names, self.token_size, self.packing)
+        kept = _layouts.setdefault(self, OrderedDict())
+        layout, known, ordered = kept.pop(key, (None, None, None))
+        layout = layout or CheckpointLayout.build(specs, self.token_size, self.packing, ties, names)
+        entry = self.zoo.get(layout.fingerprint) if self.zoo else None
+        if ordered is None or known is not entry:
+            ordered = layout
+            if entry is not None:
+                zoo_layout = _with_dtypes(
+                    CheckpointLayout.from_dict(entry["layout"]), {s.name: s.dtype for s in specs}
+                )
+                ordered = zoo_layout.repack(self.token_size, self.packing)
+        if layout.num_tokens * self.token_size <= KEPT_LAYOUT_VALUES:
+            kept[key] = (layout, entry, ordered)
+            while len(kept) > KEPT_LAYOUTS:
+                kept.popitem(last=False)
+        return ordered
 
     # ---------------------------------------------------------------------------------------------------- encode
     def __call__(
@@ -88,6 +115,7 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         layout: CheckpointLayout | None = None,
         dtype: torch.dtype = torch.float32,
         non_finite: str | None = None,
+        allow_pickle: bool = False,
     ) -> BatchFeature:
         """Cut one checkpoint, or a list of them, into tokens.
 
@@ -97,6 +125,7 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
             dtype (`torch.dtype`, defaults to `torch.float32`): dtype of the tokens; `torch.float64` for float64 checkpoints.
             non_finite (`str`, *optional*): `"error"` refuses NaN and infinite weights by name, `"keep"` lets them pass. The
                 default keeps them where decoding is exact (`normalization="none"`) and refuses them otherwise.
+            allow_pickle (`bool`, defaults to `False`): True opens pickles too, with `weights_only=True`.
 
         Returns:
             `BatchFeature`: `token_values (batch, tokens, token_size)`, `value_mask` (the same shape, bool, True on real
@@ -110,32 +139,29 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         sources = list(source) if isinstance(source, (list, tuple)) else [source]
         if not sources:
             raise ValueError("there is no checkpoint in the list; give at least one.")
-        keep = (non_finite or ("keep" if self.normalization == "none" else "error")) == "keep"
+        keep = self._keeps(non_finite)
         layouts, tokens, passthrough, statistics = [], [], [], []
         for checkpoint in sources:
-            tensors = read_checkpoint(checkpoint)
-            place = layout or self.layout(checkpoint)
+            tensors = read_checkpoint(checkpoint, allow_pickle)
+            place = layout or self.layout(checkpoint, allow_pickle)
             _check_precision(place, dtype)
             if not keep:
                 check_finite(tensors)
             values = place.pack({name: tensors[name] for name in place.tensors if name in tensors}, dtype)
-            scale = self._statistics(place, values)
+            scale = self._statistics(place, _reader(tensors))
             layouts.append(place)
             tokens.append(_shift_and_scale(values, place, scale))
             passthrough.append({spec.name: tensors[spec.name] for spec in place.passthrough})
             statistics.append(scale)
         count = torch.tensor([len(values) for values in tokens])
-
-        def pad(rows: list) -> torch.Tensor:
-            return nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
         return BatchFeature(
             {
-                "token_values": pad(tokens),
-                "value_mask": pad([place.value_mask for place in layouts]),
-                "position_ids": pad([place.position_ids for place in layouts]),
+                "token_values": tokens[0][None] if len(tokens) == 1 else _pad(tokens),
+                # copies: the layouts keep theirs for the next checkpoint
+                "value_mask": _pad([place.value_mask for place in layouts]),
+                "position_ids": _pad([place.position_ids for place in layouts]),
                 "attention_mask": torch.arange(int(count.max())) < count[:, None],
-                "layer_kind_ids": pad([place.layer_kind_ids for place in layouts]),
+                "layer_kind_ids": _pad([place.layer_kind_ids for place in layouts]),
                 "layouts": layouts,
                 "passthrough": passthrough,
                 "statistics": statistics,
@@ -173,16 +199,15 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
             )
         token_values = token_values[: layout.num_tokens] if token_values.dim() == 2 else token_values
         values = self.denormalize(token_values, layout, statistics)
-        tensors = {n: t.to(layout.tensors[n].torch_dtype) for n, t in layout.unpack(values).items()}
-        tensors |= {spec.name: passthrough[spec.name] for spec in layout.passthrough}
-        tensors |= {name: tensors[source] for name, source in layout.ties.items()}
-        # a view would keep all tokens in memory, and writing to one tensor could change another
-        owned = {n: t.clone() if n in layout.tensors else t for n, t in tensors.items() if n not in layout.ties}
-        return {name: owned[layout.ties.get(name, name)] for name in layout.order}
+        tensors = layout.restore(values) | {spec.name: passthrough[spec.name] for spec in layout.passthrough}
+        return {name: tensors[layout.ties.get(name, name)] for name in layout.order}
 
     # ---------------------------------------------------------------------------------------------------- statistics
     def fit(
-        self, state_dicts: Iterable[Mapping[str, torch.Tensor]], layout: CheckpointLayout | None = None
+        self,
+        state_dicts: Iterable[Mapping[str, torch.Tensor]],
+        layout: CheckpointLayout | None = None,
+        allow_pickle: bool = False,
     ) -> "SaneWeightTokenizer":
         """Learn each tensor's mean and standard deviation over a zoo, in one pass, for `normalization="zoo"`.
 
@@ -191,6 +216,7 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         Args:
             state_dicts (`Iterable`): anything that [`~SaneWeightTokenizer.layout`] takes, one at a time.
             layout ([`CheckpointLayout`], *optional*): the layout of them all, which gives their order and layer kinds.
+            allow_pickle (`bool`, defaults to `False`): True opens pickles too, with `weights_only=True`.
 
         Returns:
             [`SaneWeightTokenizer`]: itself.
@@ -201,13 +227,11 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         layouts: dict[str, CheckpointLayout] = {}
         moments: dict[str, dict[str, torch.Tensor]] = {}
         for checkpoint in state_dicts:
-            tensors = read_checkpoint(checkpoint)
-            check_finite(tensors)
-            place = layout or self.layout(checkpoint)
-            layouts.setdefault(place.fingerprint, place)
-            totals = moments.setdefault(place.fingerprint, {})
-            for name in place.tensors:
-                totals[name] = _merge_moments(totals.get(name), _moments(tensors[name]))
+            with self._open(checkpoint, allow_pickle, layout) as (place, read):
+                layouts.setdefault(place.fingerprint, place)
+                totals = moments.setdefault(place.fingerprint, {})
+                for name, tensor in place.tensors.items():
+                    totals[name] = _merge_moments(totals.get(name), _moments(read, tensor))
         if not layouts:
             raise ValueError("there is no checkpoint to fit the statistics to.")
         self.zoo = {}
@@ -220,7 +244,9 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         self, token_values: torch.Tensor, layout: CheckpointLayout, statistics: Mapping | None = None
     ) -> torch.Tensor:
         """Shift and scale tokens `(..., tokens, token_size)` as the tokenizer's normalization asks."""
-        return _shift_and_scale(token_values, layout, statistics or self._statistics(layout, token_values))
+        if statistics is None and self.normalization == "checkpoint":
+            statistics = self._statistics(layout, _reader(layout.unpack(token_values)))
+        return _shift_and_scale(token_values, layout, statistics or self._statistics(layout))
 
     def denormalize(
         self, token_values: torch.Tensor, layout: CheckpointLayout, statistics: Mapping | None = None
@@ -241,14 +267,16 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         `normalized * std + mean` undoes the normalization of a whole batch; 0 and 1 on padding and where values stay as they are.
         """
         scale = self._statistics(layout) if self.normalization == "zoo" else dict.fromkeys(layout.tensors, (0.0, 1.0))
-        return _spread(scale, layout, dtype)
+        return _spread(scale, layout, 0, layout.num_tokens, dtype)
 
-    def _statistics(self, layout: CheckpointLayout, token_values: torch.Tensor | None = None) -> dict | None:
+    def _statistics(
+        self, layout: CheckpointLayout, read: Callable | None = None, keep: bool = True
+    ) -> dict[str, list[float]] | None:
         """Mean and standard deviation by tensor name, or None where values stay as they are."""
         if self.normalization == "none":
             return None
         if self.normalization == "checkpoint":
-            return {n: _mean_and_std(_moments(t)) for n, t in layout.unpack(token_values).items()}
+            return {name: _mean_and_std(_moments(read, tensor, keep)) for name, tensor in layout.tensors.items()}
         if layout.fingerprint not in self.zoo:
             raise ValueError(
                 f"the tokenizer has no statistics for a checkpoint with fingerprint {layout.fingerprint} ({len(layout.tensors)} "
@@ -259,46 +287,81 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
 
     # ---------------------------------------------------------------------------------------------------- windows
     def iter_windows(
-        self, source: Any, window_size: int = 256, halo: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        source: Any,
+        window_size: int = 256,
+        halo: int = 0,
+        dtype: torch.dtype = torch.float32,
+        non_finite: str | None = None,
+        allow_pickle: bool = False,
     ) -> Iterator[BatchFeature]:
-        """Walk over a checkpoint file in windows of tokens; memory holds one window and the rows that stand in it.
+        """Walk over a checkpoint in windows of tokens; memory holds one window and the rows, or parts of a row, that stand in it.
 
         Args:
-            source (`str`, `Path` or `Mapping`): a safetensors file, a folder of them, or a state dict.
+            source (checkpoint): anything [`~SaneWeightTokenizer.layout`] takes.
             window_size (`int`): tokens in a window.
             halo (`int`, defaults to 0): extra tokens on both sides, where there are any.
             dtype (`torch.dtype`): dtype of the tokens.
+            non_finite (`str`, *optional*): as when called.
+            allow_pickle (`bool`, defaults to `False`): True opens pickles too, with `weights_only=True`.
 
         Yields:
             `BatchFeature`: as the tokenizer returns, with a batch axis of 1, and `start`, `stop`: the tokens without halo.
-            With `normalization="checkpoint"` the values stay as they are, since its statistics need the whole checkpoint.
+            `layouts` and `statistics` are the same objects in every window; passed-through tensors are left out. With
+            `normalization="checkpoint"` one pass over the source for its statistics goes first.
+
+        Raises:
+            ValueError: If a size is impossible, float64 would be rounded, or a weight is not finite.
         """
         if window_size < 1 or halo < 0:
             raise ValueError(
                 f"window_size is {window_size} and halo {halo}; expected at least 1 and at least 0 tokens."
             )
-        layout = self.layout(source)
-        _check_precision(layout, dtype)
-        scaled = self.normalization == "zoo"
-        mean, std = self.token_statistics(layout, dtype) if scaled else (None, None)
-        with CheckpointFiles(source) as files:
+        keep = self._keeps(non_finite)
+        with self._open(source, allow_pickle) as (layout, read):
+            _check_precision(layout, dtype)
+            scale = self._statistics(layout, read, keep)
             for start in range(0, layout.num_tokens, window_size):
                 stop = min(start + window_size, layout.num_tokens)
                 first, end = max(0, start - halo), min(layout.num_tokens, stop + halo)
-                values = layout.window(files.rows, first, end, dtype)
-                mask = layout.value_mask[first:end]
-                values = (values - mean[first:end]) / std[first:end] if scaled else values
+                values = layout.window(read, first, end, dtype)
+                if not keep and not torch.isfinite(values).all():
+                    _refuse_window(layout, values, first)
                 yield BatchFeature(
                     {
-                        "token_values": values[None],
-                        "value_mask": mask[None],
-                        "position_ids": layout.position_ids[None, first:end],
+                        "token_values": _shift_and_scale(values, layout, scale, start=first)[None],
+                        "value_mask": layout.window_mask(first, end)[None],
+                        "position_ids": layout.window_positions(first, end)[None],
                         "attention_mask": torch.ones(1, end - first, dtype=torch.bool),
-                        "layer_kind_ids": layout.layer_kind_ids[None, first:end],
+                        "layer_kind_ids": layout.window_kinds(first, end)[None],
+                        "layouts": [layout],
+                        "statistics": [scale],
                         "start": start,
                         "stop": stop,
                     }
                 )
+
+    def _keeps(self, non_finite: str | None) -> bool:
+        """Whether NaN and infinite weights pass."""
+        if non_finite not in (None, "error", "keep"):
+            raise ValueError(f"non_finite is {non_finite!r}, expected 'error' or 'keep'.")
+        return (non_finite or ("keep" if self.normalization == "none" else "error")) == "keep"
+
+    @contextmanager
+    def _open(self, source: Any, allow_pickle: bool, layout: CheckpointLayout | None = None) -> Iterator[tuple]:
+        """The layout of a checkpoint, and a reader of rows as [`~CheckpointLayout.window`] wants it; opened once."""
+        if isinstance(source, (nn.Module, Mapping)):
+            tensors = source.state_dict() if isinstance(source, nn.Module) else source
+            layout = layout or self.layout(source)
+            layout.check_tensors(tensors)
+            yield layout, _reader(tensors)
+            return
+        with CheckpointFiles(source, allow_pickle) as files:
+            if layout is None:
+                layout = self._place(files.specs, files.ties, None)
+            else:
+                layout.check_tensors({spec.name: spec for spec in files.specs})
+            yield layout, files.rows
 
     # ---------------------------------------------------------------------------------------------------- saving
     def to_dict(self) -> dict[str, Any]:
@@ -346,13 +409,56 @@ def _with_dtypes(layout: CheckpointLayout, dtypes: Mapping[str, str]) -> Checkpo
     return CheckpointLayout.from_dict(data)
 
 
-def _moments(tensor: torch.Tensor) -> torch.Tensor:
-    """Count, mean and sum of squared deviations of all values, float64 `(3,)`."""
-    values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().double()
-    if not values.numel():
-        return torch.zeros(3, dtype=torch.float64)
-    mean = values.mean()
-    return torch.stack([torch.tensor(float(values.numel()), dtype=torch.float64), mean, ((values - mean) ** 2).sum()])
+def _check_strided(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.layout != torch.strided:
+            kind = str(tensor.layout).removeprefix("torch.")
+            raise ValueError(f"{name} is a {kind} tensor, tokens need dense ones; convert it with .to_dense() first.")
+
+
+def _refuse_window(layout: CheckpointLayout, values: torch.Tensor, first: int) -> None:
+    """Name the layer of the first value of a window that is not finite."""
+    token = first + int((~torch.isfinite(values)).any(1).nonzero()[0])
+    ((_, layer, _, _),) = layout.layers_between(token, token + 1)
+    raise ValueError(
+        f"{layer.name} holds NaN or infinite values in token {token}; repair or leave out this checkpoint."
+    )
+
+
+def _reader(tensors: Mapping[str, torch.Tensor]) -> Callable:
+    """Reads rows of tensors in memory, as [`CheckpointFiles.rows`] does from files."""
+
+    def read(tensor: TensorLayout, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        return tensor.read(tensors[tensor.name].__getitem__, start, stop, columns)
+
+    return read
+
+
+def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
+    """`(batch, tokens, ...)` out of `(tokens, ...)` each; zeros at the end of shorter ones."""
+    return rows[0].clone()[None] if len(rows) == 1 else nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _moments(read: Callable, tensor: TensorLayout, keep: bool = False) -> torch.Tensor:
+    """Count, mean and sum of squared deviations of all values of a tensor, float64 `(3,)`; read a chunk at a time.
+
+    Files and tensors in memory are cut into the same chunks, so that their statistics are equal to the last digit.
+    """
+    total, bad = None, 0
+    for start, stop, columns in tensor.chunks(MOMENTS_CHUNK):
+        # in the order of the table, whatever the strides: sums in another order differ in the last digit
+        values = tensor.to_table(read(tensor, start, stop)) if columns is None else read(tensor, start, stop, columns)
+        values = values.detach().to(torch.float64).contiguous()
+        mean = values.mean()
+        if not keep and not torch.isfinite(mean):
+            bad += int((~torch.isfinite(values)).sum())
+        count = torch.tensor(float(values.numel()), dtype=torch.float64)
+        total = _merge_moments(total, torch.stack([count, mean, ((values - mean) ** 2).sum()]))
+    if bad:
+        raise ValueError(
+            f"{tensor.name} holds {bad} NaN or infinite values of {tensor.numel}; repair or leave out this checkpoint."
+        )
+    return torch.zeros(3, dtype=torch.float64) if total is None else total
 
 
 def _merge_moments(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
@@ -372,28 +478,38 @@ def _mean_and_std(moments: torch.Tensor) -> list[float]:
 
 
 def _shift_and_scale(
-    values: torch.Tensor, layout: CheckpointLayout, statistics: Mapping | None, undo: bool = False
+    values: torch.Tensor,
+    layout: CheckpointLayout,
+    statistics: Mapping | None,
+    undo: bool = False,
+    start: int = 0,
 ) -> torch.Tensor:
-    """`(values - mean) / std` on real values, or the reverse; padding stays zero."""
+    """`(values - mean) / std` on real values, or the reverse; padding stays zero. `start` is the first token of a window."""
     if statistics is None:
         return values
-    mean, std = _spread(statistics, layout, values.dtype, values.device)
+    stop = start + values.shape[-2]
+    mean, std = _spread(statistics, layout, start, stop, values.dtype, values.device)
     # on padding both are (0, 1), so that zeros stay zeros; what a decoder writes there is cut off with the mask
-    return torch.where(layout.value_mask.to(values.device), values * std + mean, 0) if undo else (values - mean) / std
+    if undo:
+        return torch.where(layout.window_mask(start, stop).to(values.device), values * std + mean, 0)
+    return (values - mean) / std
 
 
 def _spread(
-    statistics: Mapping, layout: CheckpointLayout, dtype: torch.dtype, device: torch.device | None = None
-) -> tuple:
-    """Mean and standard deviation of the tensor that each value belongs to: two of shape `(tokens, token_size)`."""
-    pair = []
-    for place, padding in ((0, 0.0), (1, 1.0)):
-        values = torch.full((layout.num_tokens, layout.token_size), padding, dtype=dtype, device=device)
-        for layer in layout.layers:
-            full = {
-                t.name: torch.full((), statistics[t.name][place], dtype=dtype, device=device).expand(t.real_shape)
-                for t in layer.tensors
-            }
-            layer.pack_into(layout.tokens_of(values, layer), full)
-        pair.append(values)
-    return tuple(pair)
+    statistics: Mapping,
+    layout: CheckpointLayout,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the tensor that each value of some tokens belongs to: two of `(tokens, token_size)`."""
+    means, stds = ({name: pair[place] for name, pair in statistics.items()} for place in (0, 1))
+    return (
+        layout.window_values(means, start, stop, dtype, 0.0, device),
+        layout.window_values(stds, start, stop, dtype, 1.0, device),
+    )
+
+
+# the layouts that each tokenizer made last; beside the objects, so that they are neither saved nor sent to worker processes
+_layouts: WeakKeyDictionary[SaneWeightTokenizer, OrderedDict] = WeakKeyDictionary()

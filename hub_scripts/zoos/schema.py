@@ -44,7 +44,9 @@ def features(hparams: Mapping[str, Any]) -> Features:
         "alignment_reference": Value("string"),
         "alignment_distance_before": Value("float64"),
         "alignment_distance_after": Value("float64"),
-        "alignment_permutations": List(List(Value("int32"))),  # per symmetry group: aligned unit i was unit p[i]
+        "alignment_permutations": List(
+            List(Value("int32"))
+        ),  # per permutation group: aligned unit i was unit p[i]; then signs
     }
     return Features(columns)
 

@@ -17,7 +17,6 @@ from hub_scripts.embed import EmbedArguments, embed
 from hub_scripts.evaluation.functional import evaluate
 from hub_scripts.evaluation.reconstruction import measure_reconstruction
 from hub_scripts.finetune import FinetuneArguments, finetune
-from hub_scripts.inspect_checkpoint import inspect_checkpoint
 from hub_scripts.probe import ProbeArguments, probe
 from hub_scripts.sample import SampleArguments, choose_anchors, sample
 from hub_scripts.zoos.zoo import Zoo
@@ -206,19 +205,7 @@ def test_finetuning_needs_to_know_the_architecture(tmp_path):
         finetune(FinetuneArguments(init=[str(tmp_path)], output_dir=str(tmp_path / "f")))
 
 
-# ---------------------------------------------------------------------------------------------------- inspect, sane
-def test_inspecting_reads_the_header_alone(tmp_path):
-    save_file(
-        {"a.weight": torch.ones(5, 3), "a.bias": torch.ones(5), "steps": torch.tensor(1)}, tmp_path / "n.safetensors"
-    )
-    found = inspect_checkpoint(str(tmp_path / "n.safetensors"), token_size=8)
-    assert (found["num_parameters"], found["num_tokens"], found["passthrough"]) == (20, 4, ["steps"])
-    assert [(layer["kind"], layer["rows"], layer["columns"]) for layer in found["layers"]] == [
-        ("linear", 5, 1),
-        ("linear", 5, 3),
-    ]
-
-
+# ---------------------------------------------------------------------------------------------------- sane
 def cli_main(*words):
     sys.argv = ["sane", *map(str, words)]
     cli.main()

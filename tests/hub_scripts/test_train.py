@@ -38,6 +38,7 @@ def test_training_leaves_a_model_a_tokenizer_a_card_and_its_last_checkpoints(tin
         ".sane",
         "README.md",
         "config.json",
+        "checkpoint_sane.py",
         "configuration_sane.py",
         "layout_sane.py",
         "model.safetensors",

@@ -1,13 +1,17 @@
 """The layout: what stands where, by hand and by an independent re-implementation of the paper's tokens."""
 
+import copy
 import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, TensorSpec
+from tokenization_sane.layout_sane import check_name
 
 torch.set_num_threads(1)
 
@@ -108,18 +112,39 @@ def test_paper_packing_equals_the_method_row_by_row(token_size):
     assert torch.equal(batch["position_ids"][0], positions)
 
 
-def test_paper_packing_of_resnet18_has_the_papers_shape_and_positions_beyond_16_bits():
+def resnet18(device: str) -> ResNetForImageClassification:
     config = ResNetConfig(
         embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
     )
-    with torch.device("meta"):
-        network = ResNetForImageClassification(config)
-    layout = SaneWeightTokenizer(288, "paper").layout(network)
-    assert (layout.num_tokens, layout.token_size) == (53524, 288)
-    assert layout.position_ids[:, 0].tolist() == list(range(53524))  # 16 bits would wrap at 32768
-    assert layout.fill == pytest.approx(0.726, abs=1e-3)
-    assert layout.repack(packing="dense").num_tokens <= 40_000
-    assert layout.repack(packing="flat").fill > 0.999
+    with torch.device(device):
+        return ResNetForImageClassification(config)
+
+
+def test_paper_packing_of_resnet18_equals_the_method_and_its_positions_pass_16_bits():
+    network = resnet18("cpu")
+    generator = torch.Generator().manual_seed(0)
+    state_dict = {  # random norms too, so that scale, shift and statistics are told apart
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in network.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    batch = SaneWeightTokenizer(288, "paper")(state_dict)
+    tokens, masks, positions = paper_tokens(state_dict, 288)
+    assert batch["token_values"].shape == (1, 53524, 288)
+    assert torch.equal(batch["token_values"][0], tokens)
+    assert torch.equal(batch["value_mask"][0], masks)
+    assert torch.equal(batch["position_ids"][0], positions)
+    assert batch["position_ids"].dtype == torch.int64
+    assert positions[:, 0].tolist() == list(range(53524))  # 16 bits would wrap at 32768
+
+
+def test_resnet18_takes_fewer_and_fuller_tokens_than_in_the_papers_packing():
+    paper = SaneWeightTokenizer(288, "paper").layout(resnet18("meta"))
+    dense, flat = paper.repack(packing="dense"), paper.repack(packing="flat")
+    assert (paper.num_tokens, paper.fill) == (53524, pytest.approx(0.726, abs=1e-3))
+    assert dense.num_tokens <= 40_000
+    assert dense.fill >= 0.97
+    assert flat.fill > 0.999
 
 
 def test_a_convolution_with_a_single_output_channel_keeps_its_row_and_a_position_table_has_positions_as_rows():
@@ -185,7 +210,7 @@ def test_json_restores_the_layout():
         (lambda d: d["layers"][0].update(kind="banana"), "layer kind 'banana'"),
         (lambda d: d["layers"][0]["tensors"].append(["0.weight", [5], "float32", 0]), "stands twice"),
         (lambda d: d["layers"][0]["tensors"].append(["extra", [6], "float32", 0]), "different row counts"),
-        (lambda d: d["ties"].update(again="nowhere"), "tied to nowhere"),
+        (lambda d: d["ties"].update(again="nowhere"), "tied to 'nowhere'"),
         (lambda d: d.pop("layers"), "damaged"),
     ],
 )
@@ -220,3 +245,202 @@ def test_gradients_flow_through_unpacking():
     tokens = torch.randn(layout.num_tokens, 8, requires_grad=True)
     sum(tensor.sum() for tensor in layout.unpack(tokens).values()).backward()
     assert torch.equal(tokens.grad, layout.value_mask.float())
+
+
+# ---------------------------------------------------------------------------------------------------- windows
+SHAPES = st.dictionaries(
+    st.sampled_from(["a.weight", "a.bias", "b.weight", "c.weight", "c.bias", "c.mean", "scale"]),
+    st.lists(st.integers(0, 7), max_size=4).map(tuple),
+    min_size=1,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(SHAPES, st.integers(1, 11), st.sampled_from(["dense", "flat", "paper"]), st.data())
+def test_any_window_is_made_of_what_stands_in_it_alone(shapes, token_size, packing, data):
+    layout = layout_of(shapes, token_size, packing)
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    whole = layout.pack(tensors)
+    start = data.draw(st.integers(0, layout.num_tokens))
+    stop = data.draw(st.integers(start, layout.num_tokens))
+    values_read = 0
+
+    def read(tensor, first, end, columns=None):
+        nonlocal values_read
+        part = tensor.read(tensors[tensor.name].__getitem__, first, end, columns)
+        values_read += part.numel()
+        return part
+
+    assert torch.equal(layout.window(read, start, stop), whole[start:stop])
+    assert values_read == layout.value_mask[start:stop].sum()
+    assert torch.equal(layout.window_mask(start, stop), layout.value_mask[start:stop])
+    assert torch.equal(layout.window_positions(start, stop), layout.position_ids[start:stop])
+    assert torch.equal(layout.window_kinds(start, stop), layout.layer_kind_ids[start:stop])
+    numbers = {name: float(place + 1) for place, name in enumerate(tensors)}
+    spread = layout.pack({name: torch.full_like(tensor, numbers[name]) for name, tensor in tensors.items()})
+    assert torch.equal(layout.window_values(numbers, start, stop), spread[start:stop])
+
+
+@pytest.mark.parametrize(("shape", "row_axis"), [((1, 600), 0), ((2, 3, 5, 20), 0), ((3, 2, 100), 1)])
+@pytest.mark.parametrize("packing", ["dense", "flat"])
+def test_a_row_wider_than_the_window_is_read_in_parts_of_it(shape, row_axis, packing):
+    layout = CheckpointLayout.build([TensorSpec("w", shape, "float32", None, row_axis)], 8, packing)
+    tensor = torch.arange(600.0).reshape(shape)
+    (place,) = layout.tensors.values()
+    asked = []
+
+    def take(index):
+        asked.append(tensor[index].numel())
+        return tensor[index]
+
+    parts = [
+        layout.window(lambda _, *part: place.read(take, *part), start, min(start + 2, layout.num_tokens))
+        for start in range(0, layout.num_tokens, 2)
+    ]
+    assert torch.equal(torch.cat(parts), layout.pack({"w": tensor}))
+    assert max(asked) <= 16
+    assert sum(asked) == 600  # nothing is read twice
+
+
+def test_chunks_cover_a_table_once():
+    layout = layout_of({"w": (3, 10), "v": (7,), "empty": (0, 4)}, 8, "flat")
+    chunks = {name: list(tensor.chunks(4)) for name, tensor in layout.tensors.items()}
+    assert chunks["v"] == [(0, 4, None), (4, 7, None)]
+    assert chunks["w"][:4] == [(0, 1, (0, 4)), (0, 1, (4, 8)), (0, 1, (8, 10)), (1, 2, (0, 4))]
+    assert chunks["empty"] == []
+
+
+def test_vectors_take_the_matrices_of_their_length_in_turn_whatever_their_number():
+    shapes = {f"w{i}": (4, 3) for i in range(500)} | {f"b{i}": (4,) for i in range(1000)}
+    layout = layout_of(shapes, 8, "paper")
+    assert [t.name for t in layout.layers[3].tensors] == ["w3", "b3", "b503"]
+
+
+# ---------------------------------------------------------------------------------------------------- from elsewhere
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/b", "tensor name 'a/b' holds '/'.*rename it"),
+        ("a\\b", r"holds '\\\\'"),
+        ("a\nb", r"holds '\\n'"),
+        ("a\x00", r"holds '\\x00'"),
+        ("a\x9b", r"holds '\\x9b'"),
+        ("a\u202eb", r"holds '\\u202e'"),
+        ("\ud800", r"holds '\\ud800'"),
+        ("", "'' names nothing"),
+        ("..", "'..' names nothing"),
+        (3, "tensor name 3 is no text"),
+        (["x"], "tensor name a list is no text"),
+    ],
+)
+def test_names_that_no_file_or_table_can_hold_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        check_name(name)
+    with pytest.raises(ValueError, match=message):
+        CheckpointLayout.build([TensorSpec(name, (2,), "float32")])
+
+
+def test_names_in_any_script_are_fine():
+    for name in ("weight", "модель.вес", "层.0.weight", "a b", "x:0", "_orig_mod.w", "..."):
+        check_name(name)
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 7),
+    st.sampled_from([2**31, 2**48, 2**63, 2**64, 10**400, -(2**63), 1e308, float("nan"), float("inf"), 1.5, 3.0]),
+    st.sampled_from(
+        ["", "weight", "0.weight", "float32", "int64", "complex64", "float4_e2m1fn_x2", "dense", "a/b", "\x00"]
+    ),
+    st.sampled_from(
+        [[], {}, [[]], [2, 3], [2**40, 2**40], [0, 2**62, 2**62], [1] * 100, {"a": 1}, [None], ["0.weight"]]
+    ),
+)
+
+
+def places(node, path=()):
+    """Every position in nested lists and dictionaries."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@st.composite
+def damaged(draw):
+    data = copy.deepcopy(draw(st.sampled_from(VALID)))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(places(data))))
+        parent = data
+        for key in path[:-1]:
+            parent = parent[key]
+        how = draw(st.sampled_from(["replace", "replace", "delete", "double", "swap"]))
+        if how == "delete":
+            del parent[path[-1]]
+        elif how == "double" and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[path[-1]]))
+        elif how == "swap" and isinstance(parent, list):
+            parent.reverse()
+        else:
+            parent[path[-1]] = copy.deepcopy(draw(ODD))
+        if not data:
+            break
+    return data
+
+
+def tied() -> dict:
+    state_dict = {"words": torch.zeros(5, 3), "steps": torch.tensor(3), "z": torch.zeros(2, dtype=torch.complex64)}
+    return state_dict | {"head": state_dict["words"], "empty": torch.zeros(0, 4)}
+
+
+VALID = [
+    SaneWeightTokenizer(10, packing).layout(source).to_dict()
+    for packing in ("dense", "flat", "paper")
+    for source in (small_cnn_with_norm(), tied())
+]
+
+
+@settings(max_examples=600, deadline=2000, suppress_health_check=[HealthCheck.too_slow])
+@given(damaged())
+def test_damaged_json_is_refused_or_gives_a_layout_that_comes_back(data):
+    try:
+        layout = CheckpointLayout.from_json(json.dumps(data))
+    except ValueError:
+        return
+    assert CheckpointLayout.from_json(layout.to_json()) == layout
+    assert 0 <= layout.num_parameters <= layout.num_tokens * layout.token_size < 2**49
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 100_000, "9" * 10_000, "", "NaN", "[]", "null", '"text"', "{"]
+)
+def test_text_that_is_no_layout_is_refused(text):
+    with pytest.raises(ValueError, match="this is no layout"):
+        CheckpointLayout.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["layers"][0]["tensors"][0].__setitem__(1, [2**62, 2, 3, 3]), "0.weight has shape.*more than any"),
+        (
+            lambda d: d["layers"][0]["tensors"][0].__setitem__(1, [0, 2**40, 2**40]),
+            "0.weight has shape.*more than any",
+        ),
+        (lambda d: d["layers"][0]["tensors"][0].__setitem__(1, [1] * 65), "0.weight has 65 axes"),
+        (lambda d: d["layers"][0]["tensors"][0].__setitem__(1, [5, [2], 3, 3]), "0.weight has shape"),
+        (lambda d: d["layers"][0]["tensors"][0].__setitem__(1, [5, float("nan"), 3, 3]), "0.weight has shape"),
+        (lambda d: d["layers"][0]["tensors"][0].__setitem__(1, [5, float("inf"), 3, 3]), "0.weight has shape"),
+        (lambda d: d["layers"][0]["tensors"][0].__setitem__(0, "a/b"), "tensor name 'a/b'"),
+        (lambda d: d["layers"][0].update(name=7), "layer 7"),
+        (lambda d: d["layers"][0].update(kind=None), "kind None"),
+        (lambda d: d.update(token_size=2**60), "too many"),
+        (lambda d: d.update(order=[1, 2]), "order does not name"),
+    ],
+)
+def test_impossible_numbers_are_refused_with_the_name_of_the_tensor(change, message):
+    data = copy.deepcopy(VALID[0])
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        CheckpointLayout.from_json(json.dumps(data))

@@ -8,17 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tokenization_sane.symmetry_sane import (
+from tokenization_sane import (
     SymmetryGroup,
     SymmetryItem,
     SymmetrySpec,
     WeightMatcher,
     align,
-    axis_index,
     find_symmetries,
     match_weights,
     weight_distance,
 )
+from tokenization_sane.symmetry_sane import axis_index
+
+
+def permutations_of(module, inputs, **kwargs) -> SymmetrySpec:
+    return find_symmetries(module, inputs, kinds=("permutation",), **kwargs)
 
 
 def seeded(seed=0):
@@ -78,7 +82,7 @@ WHOLE = (0, 1, 1, 1)
 
 
 def test_hidden_layers_of_an_mlp_are_its_groups():
-    spec = find_symmetries(mlp(), ROWS)
+    spec = permutations_of(mlp(), ROWS)
     assert [group.size for group in spec.groups] == [5, 7]
     assert moves(spec.groups[0]) == [("0.weight", 0, WHOLE), ("0.bias", 0, WHOLE), ("2.weight", 1, WHOLE)]
     assert moves(spec.groups[1]) == [("2.weight", 0, WHOLE), ("2.bias", 0, WHOLE), ("4.weight", 1, WHOLE)]
@@ -88,7 +92,7 @@ def test_hidden_layers_of_an_mlp_are_its_groups():
 
 
 def test_a_channel_before_flatten_owns_all_its_pixels():
-    spec = find_symmetries(cnn(), IMAGES)
+    spec = permutations_of(cnn(), IMAGES)
     norm = ["1.weight", "1.bias", "1.running_mean", "1.running_var"]
     assert moves(spec.groups[0]) == [
         ("0.weight", 0, WHOLE), ("0.bias", 0, WHOLE), *((name, 0, WHOLE) for name in norm), ("4.weight", 1, WHOLE)
@@ -110,12 +114,12 @@ def test_a_flatten_of_channels_last_maps_takes_pixels_in_strides():
         def forward(self, images):
             return self.head(self.convolution(images).relu().permute(0, 2, 3, 1).flatten(1))
 
-    (group,) = find_symmetries(ChannelsLast(), IMAGES).groups
+    (group,) = permutations_of(ChannelsLast(), IMAGES).groups
     assert moves(group)[-1] == ("head.weight", 1, (0, 1, 36, 5))
 
 
 def test_a_residual_stream_is_one_group_and_the_branch_another():
-    spec = find_symmetries(ResidualNet(), IMAGES)
+    spec = permutations_of(ResidualNet(), IMAGES)
     assert [group.size for group in spec.groups] == [6, 5]
     stream, branch = ({(item.tensor, item.axis) for item in group.items} for group in spec.groups)
     assert {("stem.weight", 0), ("first.weight", 1), ("second.weight", 0), ("second_norm.running_var", 0)} <= stream
@@ -128,7 +132,7 @@ def test_depthwise_and_grouped_convolutions_keep_their_groups():
         nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.PReLU(6), nn.Conv2d(6, 12, 3, groups=2), nn.ReLU(),
         nn.Conv2d(12, 3, 1), nn.Flatten(),
     )  # fmt: skip
-    groups = find_symmetries(module, IMAGES).groups
+    groups = permutations_of(module, IMAGES).groups
     assert [group.size for group in groups] == [3, 6]
     assert moves(groups[0])[0] == ("0.weight", 0, (0, 1, 2, 3))  # row r of both halves moves alike
     assert ("1.weight", 0, (0, 1, 2, 3)) in moves(groups[0])
@@ -150,7 +154,7 @@ def test_a_concatenation_gives_each_part_its_own_columns():
         def forward(self, rows):
             return self.head(torch.cat([self.left(rows), self.right(rows)], dim=1).relu())
 
-    left, right = find_symmetries(Concatenated(), ROWS).groups
+    left, right = permutations_of(Concatenated(), ROWS).groups
     assert moves(left)[-1] == ("head.weight", 1, WHOLE)
     assert left.size == 4
     assert moves(right)[-1] == ("head.weight", 1, (4, 1, 1, 1))
@@ -171,7 +175,7 @@ def test_tied_tensors_join_groups_and_stay_tied():
             return self.output(self.hidden(self.embedding(words)).relu())
 
     module = Tied()
-    spec = find_symmetries(module, torch.arange(5)[None])
+    spec = permutations_of(module, torch.arange(5)[None])
     (group,) = spec.groups
     assert moves(group) == [
         ("embedding.weight", 1, WHOLE), ("hidden.weight", 0, WHOLE), ("hidden.weight", 1, WHOLE), ("hidden.bias", 0, WHOLE)
@@ -200,7 +204,7 @@ class Attention(nn.Module):
 
 
 def test_attention_heads_move_whole_and_channels_move_inside_them():
-    stream, heads, query_key, value_out = find_symmetries(Attention(), ROWS[None]).groups
+    stream, heads, query_key, value_out = permutations_of(Attention(), ROWS[None]).groups
     assert stream.size == 6
     assert ("fused.weight", 1, WHOLE) in moves(stream)
     assert [item.rows(2).tolist() for item in heads.items if item.tensor == "fused.bias"] == [
@@ -215,7 +219,7 @@ def test_attention_heads_move_whole_and_channels_move_inside_them():
 
 def test_groups_of_one_axis_commute_and_a_twin_of_heads_is_brought_back():
     state = trained_look(Attention()).state_dict()
-    spec = find_symmetries(Attention(), ROWS[None])
+    spec = permutations_of(Attention(), ROWS[None])
     draw = spec.draw(seeded(2))
     twin = spec.apply(state, draw)
     reverse = SymmetrySpec(spec.groups[::-1], (), spec.shapes).apply(state, draw[::-1])
@@ -237,7 +241,7 @@ def test_hidden_units_of_a_recurrent_layer_own_a_row_of_each_gate(kind, gates):
             return self.head(self.recurrent(self.read(rows))[0][:, -1])
 
     module = Recurrent()
-    first, hidden = find_symmetries(module, ROWS[None]).groups
+    first, hidden = permutations_of(module, ROWS[None]).groups
     assert moves(first)[-1] == ("recurrent.weight_ih_l0", 1, WHOLE)
     rows = (0, 1, gates, 5 if gates > 1 else 1)
     assert moves(hidden) == [
@@ -249,7 +253,7 @@ def test_hidden_units_of_a_recurrent_layer_own_a_row_of_each_gate(kind, gates):
 
 def test_multihead_attention_modules_are_read_by_type():
     layer = nn.TransformerEncoderLayer(8, 2, 10, batch_first=True)
-    groups = find_symmetries(nn.Sequential(nn.Linear(3, 8), layer, nn.Linear(8, 2)), ROWS[None]).groups
+    groups = permutations_of(nn.Sequential(nn.Linear(3, 8), layer, nn.Linear(8, 2)), ROWS[None]).groups
     assert {(group.size, group.items[0].tensor) for group in groups} == {
         (8, "0.weight"), (2, "1.self_attn.in_proj_weight"), (4, "1.self_attn.in_proj_weight"), (10, "1.linear1.weight")
     }  # fmt: skip
@@ -265,8 +269,8 @@ def test_chosen_outputs_decide_what_must_stay():
             hidden = self.hidden(rows).relu()
             return {"logits": self.head(hidden), "hidden": hidden}
 
-    assert find_symmetries(Open(), ROWS).groups == ()
-    spec = find_symmetries(Open(), ROWS, select_outputs=lambda outputs: outputs["logits"])
+    assert permutations_of(Open(), ROWS).groups == ()
+    spec = permutations_of(Open(), ROWS, select_outputs=lambda outputs: outputs["logits"])
     assert [group.size for group in spec.groups] == [5]
     assert not spec.verify(Open(), ROWS)[0].ok
     assert spec.verify(Open(), ROWS, select_outputs=lambda outputs: outputs["logits"])[0].ok
@@ -276,7 +280,7 @@ def test_chosen_outputs_decide_what_must_stay():
 @given(widths=st.lists(st.integers(2, 6), min_size=1, max_size=3), normalize=st.booleans(), seed=st.integers(0, 99))
 def test_a_drawn_twin_has_the_same_function(widths, normalize, seed):
     module = trained_look(cnn(widths, normalize), seed).double()
-    spec = find_symmetries(module, IMAGES)
+    spec = permutations_of(module, IMAGES)
     assert [group.size for group in spec.groups] == widths
     twin = copy.deepcopy(module)
     draw = spec.draw(seeded(seed))
@@ -288,7 +292,7 @@ def test_a_drawn_twin_has_the_same_function(widths, normalize, seed):
 
 def test_verify_catches_a_group_that_forgets_a_tensor():
     module = cnn()
-    whole = find_symmetries(module, IMAGES).groups[0]
+    whole = permutations_of(module, IMAGES).groups[0]
     forgetful = SymmetryGroup(
         "no running mean", "permutation", 5, tuple(i for i in whole.items if i.tensor != "1.running_mean")
     )
@@ -328,7 +332,7 @@ def test_a_group_that_changes_the_function_is_rejected_with_the_reason():
         def forward(self, rows):
             return self.head(self.hidden(rows).relu() * torch.arange(4))
 
-    spec = find_symmetries(Fixed(), ROWS)
+    spec = permutations_of(Fixed(), ROWS)
     assert spec.groups == ()
     assert [group.name for group in spec.rejected] == ["hidden.weight@0", "head.weight@0"]
     assert "changes the function" in spec.rejected[0].reason
@@ -338,7 +342,7 @@ def test_finding_and_verifying_leave_module_and_random_state_alone():
     module = trained_look(cnn()).train()
     before = copy.deepcopy(module.state_dict())
     random_state, images = torch.get_rng_state(), IMAGES.clone()
-    find_symmetries(module, IMAGES).verify(module, IMAGES)
+    permutations_of(module, IMAGES).verify(module, IMAGES)
     assert torch.equal(random_state, torch.get_rng_state())
     assert torch.equal(images, IMAGES)
     assert module.training
@@ -347,16 +351,16 @@ def test_finding_and_verifying_leave_module_and_random_state_alone():
 
 
 def test_finding_is_deterministic():
-    assert find_symmetries(ResidualNet(), IMAGES) == find_symmetries(ResidualNet(), IMAGES)
+    assert permutations_of(ResidualNet(), IMAGES) == permutations_of(ResidualNet(), IMAGES)
 
 
 @pytest.mark.parametrize("inputs", [ROWS, (ROWS,), {"input": ROWS}, torch.zeros(4, 3)])
 def test_example_inputs_can_be_a_tensor_a_tuple_or_a_dict(inputs):
-    assert [group.size for group in find_symmetries(mlp(), inputs).groups] == [5, 7]
+    assert [group.size for group in permutations_of(mlp(), inputs).groups] == [5, 7]
 
 
 def test_json_brings_back_the_same_spec():
-    spec = find_symmetries(cnn(), IMAGES)
+    spec = permutations_of(cnn(), IMAGES)
     explicit = SymmetryGroup("explicit", "permutation", 2, (SymmetryItem("0.weight", 0, ((0, 4), (3, 1))),))
     spec = SymmetrySpec((*spec.groups, explicit), spec.rejected, spec.shapes, {"alias": "0.weight"})
     restored = SymmetrySpec.from_json(spec.to_json())
@@ -382,7 +386,7 @@ def test_json_brings_back_the_same_spec():
     ],
 )
 def test_json_with_impossible_numbers_is_refused(change, message):
-    data = json.loads(find_symmetries(cnn(), IMAGES).to_json())
+    data = json.loads(permutations_of(cnn(), IMAGES).to_json())
     data["groups"][0]["items"][0].update(change)
     with pytest.raises(ValueError, match=message):
         SymmetrySpec.from_json(json.dumps(data))
@@ -403,7 +407,7 @@ def test_unit_u_takes_the_values_of_unit_p_u():
 
 
 def test_axis_index_gathers_a_batch_of_permutations():
-    spec = find_symmetries(cnn(), IMAGES)
+    spec = permutations_of(cnn(), IMAGES)
     state = cnn().state_dict()
     item = spec.groups[1].items[-1]  # 7 channels of 4 pixels
     draws = spec.draw(seeded(), batch_size=3)
@@ -417,7 +421,7 @@ def test_axis_index_gathers_a_batch_of_permutations():
 
 
 def test_draws_are_permutations_that_follow_their_generator():
-    spec = find_symmetries(cnn(), IMAGES)
+    spec = permutations_of(cnn(), IMAGES)
     draws = spec.draw(seeded(1), batch_size=200)
     assert all(torch.equal(draw.sort(-1).values, torch.arange(draw.shape[-1]).expand_as(draw)) for draw in draws)
     assert all(torch.equal(one, two) for one, two in zip(draws, spec.draw(seeded(1), batch_size=200), strict=True))
@@ -425,7 +429,7 @@ def test_draws_are_permutations_that_follow_their_generator():
 
 
 def test_invert_undoes_and_compose_chains():
-    spec, state = find_symmetries(cnn(), IMAGES), trained_look(cnn()).state_dict()
+    spec, state = permutations_of(cnn(), IMAGES), trained_look(cnn()).state_dict()
     first, second = spec.draw(seeded(1)), spec.draw(seeded(2))
     chained = spec.apply(spec.apply(state, first), second)
     composed = spec.apply(state, spec.compose(first, second))
@@ -437,7 +441,7 @@ def test_invert_undoes_and_compose_chains():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int32])
 def test_apply_moves_values_of_any_dtype_and_passes_the_rest(dtype):
-    spec = find_symmetries(mlp(), ROWS)
+    spec = permutations_of(mlp(), ROWS)
     state = {name: (tensor * 9).to(dtype) for name, tensor in mlp().state_dict().items()}
     state["steps"] = torch.tensor(3)
     draw = spec.draw(seeded())
@@ -450,7 +454,7 @@ def test_apply_moves_values_of_any_dtype_and_passes_the_rest(dtype):
 
 
 def test_a_state_dict_that_does_not_fit_is_refused_by_name():
-    spec, state = find_symmetries(mlp(), ROWS), mlp().state_dict()
+    spec, state = permutations_of(mlp(), ROWS), mlp().state_dict()
     wide = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).state_dict()
     with pytest.raises(ValueError, match=r"2.weight has shape \(8, 5\), the symmetry spec expects \(7, 5\)"):
         spec.apply(wide, spec.draw())
@@ -463,7 +467,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name():
 
 
 def test_weights_that_are_not_finite_cannot_be_aligned():
-    spec, state = find_symmetries(cnn(), IMAGES), trained_look(cnn()).state_dict()
+    spec, state = permutations_of(cnn(), IMAGES), trained_look(cnn()).state_dict()
     broken = {**state, "1.weight": state["1.weight"] / 0}
     with pytest.raises(ValueError, match=r"1\.weight holds values that are not finite"):
         align(broken, state, spec)
@@ -474,7 +478,7 @@ def test_weights_that_are_not_finite_cannot_be_aligned():
 )
 def test_a_permuted_twin_is_brought_back_exactly(build, inputs):
     state = trained_look(build()).state_dict()
-    spec = find_symmetries(build(), inputs)
+    spec = permutations_of(build(), inputs)
     for seed in range(5):
         draw = spec.draw(seeded(seed))
         twin = spec.apply(state, draw)
@@ -487,7 +491,7 @@ def test_a_permuted_twin_is_brought_back_exactly(build, inputs):
 
 def test_a_noisy_twin_is_brought_back_too():
     module = trained_look(ResidualNet())
-    spec = find_symmetries(module, IMAGES)
+    spec = permutations_of(module, IMAGES)
     state, generator = module.state_dict(), seeded(5)
     noisy = {
         name: t + 0.05 * torch.randn(t.shape, generator=generator)
@@ -499,7 +503,7 @@ def test_a_noisy_twin_is_brought_back_too():
 
 
 def test_aligning_independent_networks_shrinks_the_distance_and_keeps_the_function():
-    spec = find_symmetries(cnn(), IMAGES)
+    spec = permutations_of(cnn(), IMAGES)
     reference = trained_look(cnn(), seed=1).state_dict()
     matcher = WeightMatcher(spec, reference)
     for seed in range(2, 6):
@@ -512,7 +516,7 @@ def test_aligning_independent_networks_shrinks_the_distance_and_keeps_the_functi
 
 
 def test_aligning_to_itself_moves_nothing_and_again_moves_nothing_more():
-    spec, state = find_symmetries(cnn(), IMAGES), trained_look(cnn(), 1).state_dict()
+    spec, state = permutations_of(cnn(), IMAGES), trained_look(cnn(), 1).state_dict()
     other = trained_look(cnn(), 2).state_dict()
     assert all(
         torch.equal(one, two) for one, two in zip(match_weights(state, state, spec), spec.identity(), strict=True)
@@ -524,7 +528,7 @@ def test_aligning_to_itself_moves_nothing_and_again_moves_nothing_more():
 
 
 def test_aligning_is_deterministic_and_ignores_global_random_state():
-    spec = find_symmetries(cnn(), IMAGES)
+    spec = permutations_of(cnn(), IMAGES)
     state, other = trained_look(cnn(), 1).state_dict(), trained_look(cnn(), 2).state_dict()
     first = match_weights(other, state, spec, seed=3)
     torch.manual_seed(99)
