@@ -69,6 +69,7 @@ class GroupedBlock(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Run the network."""
         return (self.branch(values) + self.shortcut(values)).relu()
 
 
@@ -99,6 +100,7 @@ class ShuffleBlock(nn.Module):
         )  # fmt: skip
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Run the network."""
         left, right = (values, values) if self.stride > 1 else values.chunk(2, dim=1)
         joined = torch.cat([self.shortcut(left), self.branch(right)], dim=1)
         batch, channels, height, width = joined.shape
@@ -127,6 +129,7 @@ class Reader(nn.Module):
         self.head = nn.Linear(recurrent.hidden_size * directions, 10)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Run the network."""
         return self.head(self.recurrent(self.words(input_ids))[0].mean(1))
 
 

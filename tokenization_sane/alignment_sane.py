@@ -463,7 +463,7 @@ def _plans(spec: SymmetrySpec, arrays: Mapping[str, np.ndarray]) -> dict[int, _P
 
 
 def _signs_of_units(spec: SymmetrySpec, group: SymmetryGroup) -> tuple[int, ...]:
-    """Up to three sign groups whose units are the units of a permutation group."""
+    """Up to two sign groups whose units are the units of a permutation group."""
     owned = {(item.tensor, item.axis): item.rows(group.size) for item in group.items}
     found = []
     for number, sign in enumerate(spec.groups):
@@ -471,7 +471,7 @@ def _signs_of_units(spec: SymmetrySpec, group: SymmetryGroup) -> tuple[int, ...]
         same_size = sign.kind == "sign" and sign.size == group.size and all(ours is not None for ours, _ in rows)
         if same_size and all((ours[:, :, None] == theirs[:, None, :]).any(1).all() for ours, theirs in rows):
             found.append(number)
-    return tuple(found[:3])
+    return tuple(found[:2])
 
 
 def _parts_by_flip(spec: SymmetrySpec, item, rows: np.ndarray, signs: tuple[int, ...], kind: str) -> list:

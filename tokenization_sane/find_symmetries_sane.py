@@ -43,7 +43,7 @@ from .symmetry_sane import (
     transform,
 )
 
-GRADIENT_SAMPLES = 4  # random projections of the outputs; each unit adds an equation for each
+GRADIENT_SAMPLES, MANY_PARAMETERS = (8, 2), 10**7  # random projections of the outputs; many units need fewer of them
 MAX_EQUATION_UNITS = 256  # units of a group that are enough to tell its powers
 FEW_UNITS = 32
 EXACT = 1e-9  # a scale through a norm with an epsilon nearly holds; it is offered only where it holds to rounding
@@ -83,7 +83,8 @@ def find_symmetries(
     search = _Search(function, deadline)
     groups, rejected = search.permutations(found) if "permutation" in kinds else ([], [])
     slopes = _Slopes(found, groups)
-    for gradient in function.gradients(GRADIENT_SAMPLES):
+    size = sum(tensor.numel() for tensor in function.tensors.values())
+    for gradient in function.gradients(GRADIENT_SAMPLES[size > MANY_PARAMETERS]):
         slopes.add(function.tensors, gradient)
     idle = [group for group in groups if not holds(group.max_error, slopes.control(group))]
     rejected += [
@@ -201,7 +202,7 @@ class _Slopes:
                 self.sums.setdefault((tensor, axis), []).append(total)
         for group in self._groups:
             item = group.items[0]
-            if item.tensor in gradient:
+            if item.tensor in gradient and not self._controls[group.name]:
                 value = restless(group, torch.Generator().manual_seed(1))
                 moved = transform(tensors[item.tensor], item, value, group.kind)
                 slope = (
@@ -278,8 +279,13 @@ class _Search:
         whole = _whole(found.rows)
         divisors = [count for count in range(found.size // 2, 1, -1) if found.size % count == 0]
         known = [count for count in self.block_counts if count in divisors]
-        for form, counts in (("blocks", divisors), ("within", divisors[::-1])):  # as many as move; else as few as hold
-            for count in dict.fromkeys([*known, *counts]):
+        rest = [count for count in divisors if count not in known]
+        tries = [  # as many blocks as move; where none do, as few within which units move
+            *(("blocks", sorted(known, reverse=True)), ("within", sorted(known))),
+            *(("blocks", rest), ("within", rest[::-1])),
+        ]
+        for form, counts in tries:
+            for count in counts:
                 blocks = _Variant(whole, form, count)
                 if not self._fails([blocks.group(found)]):
                     count = self._finest(found, blocks) if form == "blocks" else count
@@ -426,10 +432,13 @@ class _Search:
             if node is None or node in seen:
                 continue
             seen.add(node)
+            sources = [source for source, _ in node.next_functions]
+            if node.name().startswith("Add") and None in sources:  # 1 + tanh(x), as in an approximate GELU
+                seen.update(source for source in sources if source is not None and source.name().startswith("Tanh"))
             clamped_evenly = node.name().startswith("Hardtanh") and node._saved_min_val == -node._saved_max_val
             if clamped_evenly or node.name().startswith(ODD_FUNCTIONS):
                 return True
-            waiting += [source for source, _ in node.next_functions]
+            waiting += sources
         return False
 
     def _odd_signs(self, found: Sequence[FoundGroup], known: set) -> list[SymmetryGroup]:

@@ -154,14 +154,26 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
             passthrough.append({spec.name: tensors[spec.name] for spec in place.passthrough})
             statistics.append(scale)
         count = torch.tensor([len(values) for values in tokens])
+        if len(layouts) == 1:  # made anew, which takes no longer than copies of what the layout would keep
+            end = layouts[0].num_tokens
+            made = (
+                layouts[0].window_mask(0, end),
+                layouts[0].window_positions(0, end),
+                layouts[0].window_kinds(0, end),
+            )
+            values, mask, positions, kinds = (rows[None] for rows in (*tokens, *made))
+        else:
+            made = [(place.value_mask, place.position_ids, place.layer_kind_ids) for place in layouts]
+            values, mask, positions, kinds = (
+                nn.utils.rnn.pad_sequence(list(rows), batch_first=True) for rows in (tokens, *zip(*made, strict=True))
+            )
         return BatchFeature(
             {
-                "token_values": tokens[0][None] if len(tokens) == 1 else _pad(tokens),
-                # copies: the layouts keep theirs for the next checkpoint
-                "value_mask": _pad([place.value_mask for place in layouts]),
-                "position_ids": _pad([place.position_ids for place in layouts]),
+                "token_values": values,
+                "value_mask": mask,
+                "position_ids": positions,
                 "attention_mask": torch.arange(int(count.max())) < count[:, None],
-                "layer_kind_ids": _pad([place.layer_kind_ids for place in layouts]),
+                "layer_kind_ids": kinds,
                 "layouts": layouts,
                 "passthrough": passthrough,
                 "statistics": statistics,
@@ -432,11 +444,6 @@ def _reader(tensors: Mapping[str, torch.Tensor]) -> Callable:
         return tensor.read(tensors[tensor.name].__getitem__, start, stop, columns)
 
     return read
-
-
-def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
-    """`(batch, tokens, ...)` out of `(tokens, ...)` each; zeros at the end of shorter ones."""
-    return rows[0].clone()[None] if len(rows) == 1 else nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _moments(read: Callable, tensor: TensorLayout, keep: bool = False) -> torch.Tensor:
