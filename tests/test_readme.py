@@ -23,6 +23,12 @@ def test_the_table_holds_the_figures_that_were_kept():
     assert BEGIN + table(json.loads(KEPT.read_text())) + END in README
 
 
+def test_the_checkpoint_tables_hold_the_figures_that_were_kept():
+    from benchmarks.readme import BEGIN, END, tables
+
+    assert BEGIN + tables() + END in README
+
+
 def test_every_command_of_the_readme_exists():
     from hub_scripts.cli import COMMANDS
 

@@ -260,12 +260,9 @@ class WeightMatcher:
         draw = self._identity()
         for number, plan in self._plans.items():
             if self.spec.groups[number].kind == "permutation":
-                draw[number] = _assignment(
-                    sum(
-                        ours @ term.signature(arrays[term.tensor]).T
-                        for ours, term in zip(self._signatures[number], plan.terms, strict=True)
-                    )
-                )
+                theirs = [term.signature(arrays[term.tensor]) for term in plan.terms]
+                similarity = sum(ours @ other.T for ours, other in zip(self._signatures[number], theirs, strict=True))
+                draw[number] = _assignment(similarity, sum(np.square(other).sum(1) for other in theirs))
         return draw
 
 
@@ -302,9 +299,9 @@ class _State:
         """Move one group to where it is nearest while all others rest; False if it is there."""
         plan = self.matcher._plans[number]
         is_permutation = self.matcher.spec.groups[number].kind == "permutation"
-        best, choices, current = self._similarity(plan, is_permutation)
+        best, choices, current, squares = self._similarity(plan, is_permutation)
         units = np.arange(len(current))
-        order = _assignment(best) if is_permutation else units
+        order = _assignment(best, squares) if is_permutation else units
         signs = choices[:, units, order] if is_permutation else choices
         if _is_identity(order) and (signs == 1).all():
             return False
@@ -325,12 +322,18 @@ class _State:
         self.draw = saved[1]
         return False
 
-    def _similarity(self, plan: _Plan, is_permutation: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of all pairs of units (permutations) or of each unit with itself (signs): with the best signs, those signs, as it is."""
+    def _similarity(self, plan: _Plan, is_permutation: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of all pairs of units (permutations) or of each unit with itself (signs).
+
+        Returns:
+            the similarity with the best signs, those signs, the similarity as it is, and the squares of the network's units.
+        """
         count = len(plan.signs) if is_permutation else 1
         parts: dict[tuple[int, ...], np.ndarray] = {}
+        squares = np.zeros(plan.terms[0].size)
         for ours, term in zip(self.matcher._matrices[plan.number], plan.terms, strict=True):
             theirs = term.matrix(self.arrays[term.tensor])
+            squares += np.square(theirs).sum(1)
             found = ours @ theirs.T if is_permutation else np.einsum("ij,ij->i", ours, theirs)
             parts[term.flipped_by] = parts[term.flipped_by] + found if term.flipped_by in parts else found
         options = list(itertools.product((1, -1), repeat=count))
@@ -340,7 +343,7 @@ class _State:
         chosen = totals.argmax(0)  # the first of equals: no flip
         signs = np.array(options).reshape(len(options), count).T[:, chosen].astype(np.float64)
         current = totals[0].diagonal() if is_permutation else totals[0]
-        return np.take_along_axis(totals, chosen[None], 0)[0], signs, current
+        return np.take_along_axis(totals, chosen[None], 0)[0], signs, current, squares
 
     def _permute(self, number: int, permutation: np.ndarray) -> None:
         spec = self.matcher.spec
@@ -423,10 +426,20 @@ def _is_identity(permutation: np.ndarray) -> bool:
     return np.array_equal(permutation, np.arange(len(permutation)))
 
 
-def _assignment(similarity: np.ndarray) -> np.ndarray:
-    """For each unit of the reference, the unit of the network that takes its place: largest total similarity."""
+def _assignment(similarity: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """For each unit of the reference, the unit of the network that takes its place: smallest total squared distance.
+
+    Args:
+        similarity: products of the slices of two units, `(units of the reference, units of the network)`.
+        squares: of the slices of each unit of the network, `(units,)`; where the nearest units of all are different units, they are
+            the best assignment, and the cubic search for it can be left out.
+    """
     from scipy.optimize import linear_sum_assignment
 
+    similarity = similarity - squares / 2
+    nearest = similarity.argmax(1)
+    if len(np.unique(nearest)) == len(nearest):
+        return nearest
     return linear_sum_assignment(similarity, maximize=True)[1]
 
 

@@ -144,6 +144,12 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         for checkpoint in sources:
             tensors = read_checkpoint(checkpoint, allow_pickle)
             place = layout or self.layout(checkpoint, allow_pickle)
+            known = set(place.order)
+            unknown = [name for name in tensors if name not in known] if layout else []
+            if unknown:
+                raise ValueError(
+                    f"the given layout does not know {unknown[0]}, so it would be lost; make a layout with tokenizer.layout(source)."
+                )
             _check_precision(place, dtype)
             if not keep:
                 check_finite(tensors)

@@ -227,6 +227,13 @@ def test_nan_passes_an_exact_round_trip_and_is_refused_by_name_where_it_would_sp
             refuse()
 
 
+def test_tensors_that_a_given_layout_does_not_know_are_not_dropped():
+    tokenizer = SaneWeightTokenizer(4)
+    layout = tokenizer.layout({"w": torch.ones(3)})
+    with pytest.raises(ValueError, match="does not know extra"):
+        tokenizer({"w": torch.ones(3), "extra": torch.ones(2)}, layout=layout)
+
+
 def test_a_batch_is_padded_and_masked():
     small, large = {"w": torch.randn(2, 3)}, {"w": torch.randn(5, 3)}
     batch = SaneWeightTokenizer(3)([small, large])
