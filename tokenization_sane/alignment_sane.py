@@ -276,13 +276,44 @@ class _State:
         for number, value in enumerate(draw):
             if kinds[number] == "permutation" and not _is_identity(value):
                 self._permute(number, value)
-        for number in [number for number, kind in enumerate(kinds) if kind == "sign"]:
+        signs = {number for number, kind in enumerate(kinds) if kind == "sign" and number in matcher._plans}
+        self._flip_in_turn(signs)
+        for number in sorted(signs):
             self._step(number)
 
     def distance(self, names: Iterable[str] | None = None) -> float:
         """Squared L2 distance to the reference."""
         names = self.arrays if names is None else names
         return sum(float(np.square(self.arrays[name] - self.matcher._reference[name]).sum()) for name in names)
+
+    def _flip_in_turn(self, unknown: set[int]) -> None:
+        """Signs group by group, each judged by tensors whose other axes have their signs already: first those that read inputs.
+
+        Judged by all tensors at once, a unit would also be asked what it is to units that point the wrong way.
+        """
+        flipped: dict[str, set[int]] = {}
+        for number in unknown:
+            for term in self.matcher._plans[number].terms:
+                flipped.setdefault(term.tensor, set()).add(number)
+        unknown = set(unknown)
+        while unknown:
+            clear = {
+                number: [
+                    place
+                    for place, term in enumerate(self.matcher._plans[number].terms)
+                    if term.flipped_by and not flipped[term.tensor] & unknown - {number}
+                ]
+                for number in sorted(unknown)
+            }
+            number = max(clear, key=lambda one: len(clear[one]))  # the first of equals
+            plan, matrices = self.matcher._plans[number], self.matcher._matrices[number]
+            places = clear[number] or range(len(plan.terms))
+            agreement = sum(
+                np.einsum("ij,ij->i", matrices[place], plan.terms[place].matrix(self.arrays[plan.terms[place].tensor]))
+                for place in places
+            )
+            self._flip(number, np.where(agreement < 0, -1.0, 1.0))
+            unknown.discard(number)
 
     def descend(self, order: np.random.Generator, max_iterations: int) -> None:
         """Coordinate descent over the groups."""

@@ -713,6 +713,8 @@ output = parallel(**{name: values.chunk(2)[rank] for name, values in views.items
 output.loss.backward()
 gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 torch.save({"loss": output.loss.item(), "gradients": gradients}, f"{folder}/rank{rank}.pt")
+del parallel, output  # they hold threads of the group
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -118,19 +118,19 @@ def test_query_and_key_and_value_and_output_of_attention_scale_against_each_othe
 )
 def test_a_twin_of_all_kinds_has_the_same_function_and_is_brought_back_to_the_bit(widths, activation, seed):
     torch.manual_seed(seed)
-    layers, inputs = [], 3
+    rows, layers, inputs = torch.randn(4, 8), [], 8
     for width in widths:
         layers += [nn.Linear(inputs, width), activation()]
         inputs = width
     module = nn.Sequential(*layers, nn.Linear(inputs, 2))
-    spec, state = find_symmetries(module, ROWS), module.state_dict()
+    spec, state = find_symmetries(module, rows), module.state_dict()
     assume(spec.of_kind("sign", "scale").groups)  # two ReLUs may be dead on all rows: then nothing of them can be told
     draw = spec.draw(torch.Generator().manual_seed(seed))
     twin = spec.apply(state, draw)
     other = copy.deepcopy(module).double()
     other.load_state_dict(twin)
     torch.testing.assert_close(
-        other(ROWS.double()), copy.deepcopy(module).double()(ROWS.double()), rtol=1e-10, atol=1e-12
+        other(rows.double()), copy.deepcopy(module).double()(rows.double()), rtol=1e-10, atol=1e-12
     )
     restored, aligned = spec.apply(twin, spec.invert(draw)), align(twin, state, spec)
     assert all(torch.equal(restored[name], state[name]) for name in state)
