@@ -24,6 +24,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hub_scripts.zoos.architectures import SmallCNN
+from hub_scripts.zoos.token_cache import TokenCache
 from hub_scripts.zoos.views import Sample, WindowDataset
 from tokenization_sane import SaneWeightTokenizer, SymmetrySpec, find_symmetries
 
@@ -44,17 +45,17 @@ def resnet18() -> nn.Module:
 def dataset(
     module: nn.Module, spec: SymmetrySpec, token_size: int, window_size: int, folder: Path, kinds: tuple[str, ...]
 ) -> WindowDataset:
-    """Windows of a few checkpoints of a network, normalised and memory-mapped as `hub_scripts/train.py` has them."""
+    """Windows of a few checkpoints of a network, memory-mapped as `hub_scripts/train.py` has them."""
     state_dict = module.state_dict()
     tokenizer = SaneWeightTokenizer(token_size, normalization="zoo").fit([state_dict])
     layout = tokenizer.layout(state_dict)
-    tokens = tokenizer.normalize(layout.pack(state_dict), layout).numpy()
+    tokens = layout.pack(state_dict).numpy()
     path = folder / f"{layout.fingerprint}_{token_size}.npy"
     if not path.exists():
         np.save(path, np.repeat(tokens[None], NUM_ROWS, axis=0))
     statistics = tokenizer.zoo[layout.fingerprint]["statistics"]
-    mapped = np.load(path, mmap_mode="r")
-    return WindowDataset(mapped, layout, window_size, spec, 0.1, 0, statistics, kinds)
+    cache = TokenCache(np.load(path, mmap_mode="r"), layout)
+    return WindowDataset(cache, statistics, window_size, spec, 0.1, 0, kinds)
 
 
 def interleaved(functions: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, np.ndarray]:

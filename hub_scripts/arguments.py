@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
@@ -23,7 +24,7 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None, program: str)
 
     Args:
         kind (`type`): a dataclass; its docstring is the description and the example of `--help`. A field that is not part of
-            its `__init__` is a list of words given without a flag.
+            its `__init__` is a word given without a flag, or a list of them.
         argv (`list[str]`, *optional*): words after the command; default the process' own.
         program (`str`): how users call it, e.g. `"sane train"`.
 
@@ -35,7 +36,8 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None, program: str)
     parser.allow_abbrev = False
     positional = [f for f in fields(kind) if not f.init]
     for field in positional:
-        parser.add_argument(field.name, nargs="+", help=field.metadata["help"])
+        nargs = None if field.type is str else "+"
+        parser.add_argument(field.name, nargs=nargs, metavar=field.name.upper(), help=field.metadata["help"])
     try:
         if len(argv) == 1 and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
             read = parser.parse_json_file if Path(argv[0]).suffix == ".json" else parser.parse_yaml_file
@@ -70,6 +72,8 @@ def run_command(command: Callable[[Any], Any], arguments: Any, program: str) -> 
         command(arguments)
     except ValueError as error:
         _fail(program, error)
+    except HTTPError as error:  # of the Hub, after its client has tried again
+        _fail(program, f"{str(error).strip().split(chr(10))[0]}; the same command goes on from here")
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors tell of a full disk in errors of their own
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -1,208 +1,486 @@
 """Train a population of small networks and write it as a zoo, aligned and split by model."""
 
-import itertools
 import json
+import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, run_command
-from hub_scripts.evaluation.functional import build_module
-from hub_scripts.outputs import new_folder, write_json
-from hub_scripts.zoos.cards import zoo_card
-from hub_scripts.zoos.population import INITIALISATIONS, Member, Snapshot, train_population
-from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, features, weights_to_bytes, write_split
-from hub_scripts.zoos.tasks import SPLITS, load_task
-from tokenization_sane import SaneWeightTokenizer, SymmetrySpec, WeightMatcher, find_symmetries, weight_distance
+from hub_scripts.evaluation.functional import OPTIMIZERS, trains_one_by_one
+from hub_scripts.outputs import MARKER, claim_folder, new_folder, release_folder, require_empty
+from hub_scripts.zoos.alignment import ZooAligner
+from hub_scripts.zoos.lineage import Lineage
+from hub_scripts.zoos.population import (
+    INITIALISATIONS,
+    Training,
+    build_network,
+    one_thread,
+    read_checkpoint,
+    read_group,
+    train_groups,
+)
+from hub_scripts.zoos.schema import HPARAM, ZOO_FILE, column_types
+from hub_scripts.zoos.splits import split_models
+from hub_scripts.zoos.sweep import SWEEPS, Member, draw_members, make_groups, num_combinations
+from hub_scripts.zoos.tasks import Task, load_task
+from hub_scripts.zoos.writer import ZooWriter
+from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, find_symmetries
 
 PROGRAM = "sane build-zoo"
-SPLIT_SHARES = (0.7, 0.15, 0.15)
+MODELS_PER_BATCH = 64
+ONE_BY_ONE_PER_BATCH = 8  # nothing is gained by more, and a killed build loses what its groups have begun
+NOT_IN_ARGUMENTS = ("output_dir", "num_workers")  # what the networks do not depend on
 
 
 @dataclass
 class BuildZooArguments:
-    """Train a population of small networks at once and write them as a model zoo (a Hugging Face dataset).
+    r"""Train a population of networks with swept settings and write them as a model zoo (a Hugging Face dataset).
+
+    Killed and started again with the same flags, it goes on; finished groups of networks stay in .NAME.parts beside the zoo.
 
     Example:
       sane build-zoo --output-dir runs/zoo --num-models 128 --epochs 10
-      python -c "from datasets import load_dataset; print(load_dataset('runs/zoo'))"
+      sane build-zoo --output-dir runs/fashion --task idx:/usr/share/datasets/fashion-mnist \
+          --architecture hub_scripts.zoos.architectures:ModelZooCNN --num-models 1000 --batch-size 128 --epochs 25 \
+          --keep-epochs 0 1 2 5 10 15 20 25 --sweep random --sweep-architecture '{"activation": ["tanh", "relu", "gelu"]}' \
+          --dropouts 0 0.2 --data-fractions 0.5 1 --num-workers 2
+    The second one trains a thousand CNNs on Fashion-MNIST (apt-get install dataset-fashion-mnist).
     """
 
     output_dir: str = field(metadata={"help": "Folder of the zoo; must not exist yet."})
     task: str = field(
-        default="digits", metadata={"help": "What the networks learn: 'digits' (in scikit-learn, 8x8 images)."}
+        default="digits",
+        metadata={
+            "help": "What the networks learn: digits (in scikit-learn, 8x8 images), idx:DIR (IDX files, as MNIST and "
+            "Fashion-MNIST come) or dataset:NAME[@CONFIG] (images and labels that datasets.load_dataset reads)."
+        },
     )
     architecture: str = field(
         default="hub_scripts.zoos.architectures:SmallCNN",
-        metadata={"help": "The networks, as 'package.module:Callable'."},
+        metadata={
+            "help": "The networks, as 'package.module:Callable' or 'transformers:ResNetForImageClassification'."
+        },
     )
     architecture_kwargs: str = field(default="{}", metadata={"help": "Its keyword arguments, as JSON."})
     num_models: int = field(default=128, metadata={"help": "Networks to train."})
-    epochs: int = field(
-        default=10, metadata={"help": "Passes over the training images; a checkpoint is kept at epochs 0, 1, ..."}
+    epochs: int = field(default=10, metadata={"help": "Passes over the training images."})
+    keep_epochs: list[str] = field(
+        default_factory=lambda: ["all"],
+        metadata={"help": "Epochs at which checkpoints are kept: all, last, or numbers; 0 is before training."},
     )
     batch_size: int = field(default=32, metadata={"help": "Images in a training step."})
+    sweep: str = field(
+        default="grid",
+        metadata={
+            "help": "grid: every combination of the settings below in turn; random: each network draws each setting."
+        },
+    )
+    sweep_architecture: str = field(
+        default="{}",
+        metadata={
+            "help": 'Arguments of the architecture to sweep over, as JSON: \'{"activation": ["tanh", "relu"]}\'.'
+        },
+    )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 2e-3, 5e-3, 1e-2], metadata={"help": "AdamW learning rates to sweep over."}
+        default_factory=lambda: [1e-3, 2e-3, 5e-3, 1e-2], metadata={"help": "Learning rates to sweep over."}
     )
     weight_decays: list[float] = field(
-        default_factory=lambda: [0.0, 1e-1], metadata={"help": "AdamW weight decays to sweep over."}
+        default_factory=lambda: [0.0, 1e-1], metadata={"help": "Weight decays to sweep over."}
     )
     initialisations: list[str] = field(
-        default_factory=lambda: [*INITIALISATIONS],
+        default_factory=lambda: ["kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"],
         metadata={"help": f"Initialisations to sweep over: {', '.join(INITIALISATIONS)}."},
     )
-    seed: int = field(default=0, metadata={"help": "Of initial weights, order of images, and splits."})
+    optimizers: list[str] = field(
+        default_factory=lambda: ["adamw"],
+        metadata={"help": f"Optimizers to sweep over: {', '.join(OPTIMIZERS)} (the last with momentum 0.9)."},
+    )
+    dropouts: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Values of the architecture's argument dropout to sweep over; empty leaves it alone."},
+    )
+    data_fractions: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Shares of the training images to sweep over; each network draws its own images."},
+    )
+    label_noises: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={"help": "Shares of a network's training images with a wrong label to sweep over."},
+    )
+    models_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Networks that train together, and that a killed build has to train again: {MODELS_PER_BATCH} by default, "
+            f"{ONE_BY_ONE_PER_BATCH} where convolutions are so large that they are faster one after another."
+        },
+    )
+    num_workers: int = field(
+        default=0, metadata={"help": "Processes that train; 0 trains in this one. The networks do not depend on it."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights, as the Hub calls it: mit."})
+    seed: int = field(default=0, metadata={"help": "Of initial weights, settings, order of images, and splits."})
 
     def __post_init__(self):
         if self.num_models < 3:
             raise ValueError(f"--num-models is {self.num_models}, expected at least 3: one for each split.")
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("--epochs and --batch-size must be at least 1.")
-        for name in ("learning_rates", "weight_decays", "initialisations"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name.replace('_', '-')} is empty, expected at least one value.")
-        unknown = set(self.initialisations) - set(INITIALISATIONS)
-        if unknown:
+        if self.num_workers < 0 or self.seed < 0 or (self.models_per_batch is not None and self.models_per_batch < 1):
+            raise ValueError("--num-workers and --seed must not be negative, and --models-per-batch at least 1.")
+        for name, values in self.settings().items():
+            if not values:
+                raise ValueError(f"--{name.replace('_', '-')}s is empty, expected at least one value.")
+        for name, values, known in (
+            ("initialisations", self.initialisations, INITIALISATIONS),
+            ("optimizers", self.optimizers, OPTIMIZERS),
+            ("sweep", [self.sweep], SWEEPS),
+        ):
+            unknown = [value for value in values if value not in known]
+            if unknown:
+                raise ValueError(f"--{name} {unknown[0]} is not known, expected some of {', '.join(known)}.")
+        for name in ("learning_rates", "weight_decays", "dropouts", "data_fractions", "label_noises"):
+            text = [value for value in getattr(self, name) if not isinstance(value, int | float)]
+            if text:  # in a YAML file, 1e-3 is text
+                raise ValueError(f"--{name.replace('_', '-')} holds {text[0]!r}, expected numbers such as 1.0e-3.")
+        if not all(0 < share <= 1 for share in self.data_fractions):
+            raise ValueError("--data-fractions must be above 0 and at most 1.")
+        if not all(0 <= share <= 1 for share in [*self.label_noises, *self.dropouts]):
+            raise ValueError("--label-noises and --dropouts must be from 0 to 1.")
+        # these refuse what they cannot read
+        self.kept_epochs()
+        self.kwargs()
+        self.swept_kwargs()
+
+    def kept_epochs(self) -> tuple[int, ...]:
+        """The epochs at which checkpoints are kept, ascending."""
+        words = [str(word) for word in self.keep_epochs]
+        if words in (["all"], ["last"]):
+            return tuple(range(self.epochs + 1)) if words == ["all"] else (self.epochs,)
+        if not words or not all(word.isdigit() and int(word) <= self.epochs for word in words):
             raise ValueError(
-                f"--initialisations {unknown.pop()} is not known, expected some of {', '.join(INITIALISATIONS)}."
+                f"--keep-epochs is {' '.join(words) or 'empty'}, expected all, last, or numbers from 0 to {self.epochs}."
             )
+        return tuple(sorted({int(word) for word in words}))
+
+    def kwargs(self) -> dict[str, Any]:
+        """The architecture's arguments that all networks share."""
+        return _json_object(self.architecture_kwargs, "--architecture-kwargs", '{"hidden_size": 20}')
+
+    def swept_kwargs(self) -> dict[str, list[Any]]:
+        """The architecture's arguments that are swept over, with their values."""
+        swept = _json_object(self.sweep_architecture, "--sweep-architecture", '{"activation": ["tanh", "relu"]}')
+        for name, values in swept.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"--sweep-architecture: {name} is {values!r}, expected a list of its values.")
+        taken = [n for n in swept if n in (*self.settings(), "seed") or (n == "dropout" and self.dropouts)]
+        if taken:
+            raise ValueError(f"--sweep-architecture: {taken[0]} has a flag of its own, leave it out.")
+        return swept | ({"dropout": self.dropouts} if self.dropouts else {})
+
+    def settings(self) -> dict[str, list[Any]]:
+        """What else is swept over, with its values."""
+        return {
+            "learning_rate": self.learning_rates,
+            "weight_decay": self.weight_decays,
+            "initialisation": self.initialisations,
+            "optimizer": self.optimizers,
+            "data_fraction": self.data_fractions,
+            "label_noise": self.label_noises,
+        }
+
+
+def _json_object(text: str, flag: str, example: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag} is no JSON: {error}; expected for instance '{example}'.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{flag} is {text}, expected names and values, for instance '{example}'.")
+    return found
 
 
 def build_zoo(args: BuildZooArguments) -> dict[str, Any]:
     """Train, align, split and write; returns what `zoo.json` holds."""
-    with new_folder(args.output_dir) as folder:
-        started = time.perf_counter()
+    target = Path(args.output_dir)
+    work = target.with_name(f".{target.name}.parts")
+    if (target / ZOO_FILE).is_file():  # a build was killed when only this was left to do
+        shutil.rmtree(work, ignore_errors=True)
+    require_empty(target)
+    with one_thread():
         task = load_task(args.task)
-        module = build_module(args.architecture, json.loads(args.architecture_kwargs))
-        layout = SaneWeightTokenizer().layout(module)
-        spec = find_symmetries(module, task.images["train"][:2])
-        members = _members(args)
-        snapshots = list(
-            tqdm(
-                train_population(module, members, task, args.epochs, args.batch_size, args.seed),
-                total=args.epochs + 1,
-                desc=f"train {len(members)} networks",
-                unit="epoch",
-            )
+        members = draw_members(
+            args.settings(), args.swept_kwargs(), args.kwargs(), args.num_models, args.sweep, args.seed
         )
-        seconds_train = time.perf_counter() - started
-        splits = _split_models(len(members), args.seed)
-        reference = _reference(snapshots[-1], splits["train"])
-        alignment = _align(snapshots, reference, spec)
-        seconds_align = time.perf_counter() - started - seconds_train
-        info = {
-            "format": ZOO_FORMAT,
-            "task": args.task,
-            "pixel_mean": task.pixel_mean,
-            "pixel_std": task.pixel_std,
-            "num_models": len(members),
-            "num_checkpoints": len(members) * len(snapshots),
-            "alignment_reference": members[reference].model_id,
-            "seconds_train": round(seconds_train, 2),
-            "seconds_align": round(seconds_align, 2),
-            "arguments": {k: v for k, v in asdict(args).items() if k != "output_dir"},
+        column_types((member.model_id, member.hparams) for member in members)  # refuses settings that do not mix
+        splits = {
+            members[i].model_id: split
+            for split, numbers in split_models(len(members), args.seed).items()
+            for i in numbers
         }
-        rows = {
-            split: _rows(args, members, snapshots, models, alignment, reference, layout)
-            for split, models in splits.items()
+        kinds = _find_kinds(args, members, splits, task)
+        sizes = {kwargs: args.models_per_batch or kind.models_per_batch for kwargs, kind in kinds.items()}
+        groups = {
+            work / f"group-{number:05d}": group for number, group in enumerate(make_groups(members, sizes.__getitem__))
         }
-        columns = features(members[0].hparams)
-        for split in SPLITS:
-            write_split(folder, split, rows[split], columns)
-        write_json(folder / "layouts" / f"{layout.fingerprint}.json", layout.to_dict())
-        write_json(folder / "symmetries" / f"{layout.fingerprint}.json", json.loads(spec.to_json()))
-        write_json(folder / ZOO_FILE, info)
-        (folder / "README.md").write_text(zoo_card(Path(args.output_dir).name, rows, info), encoding="utf-8")
+        _claim(work, args)
+        try:
+            _train(args, groups, task)
+            with new_folder(target) as folder:
+                info = _assemble(args, folder, groups, splits, kinds, task)
+        finally:
+            release_folder(work)  # where no group was finished
+        shutil.rmtree(work)
     return info
 
 
-def _members(args: BuildZooArguments) -> list[Member]:
-    """The sweep: every combination of settings in turn, each network with its own seed, equal settings side by side."""
-    sweep = list(itertools.product(args.learning_rates, args.weight_decays, args.initialisations))
-    chosen = sorted(i % len(sweep) for i in range(args.num_models))
-    members = []
-    for number, place in enumerate(chosen):
-        learning_rate, weight_decay, initialisation = sweep[place]
-        hparams = {
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "initialisation": initialisation,
-            "seed": args.seed * 1_000_003 + number,
-        }
-        members.append(Member(f"model-{number:05d}", hparams))
-    return members
+def _claim(work: Path, args: BuildZooArguments) -> None:
+    """Make the folder of finished groups this build's, or go on with it.
 
-
-def _split_models(count: int, seed: int) -> dict[str, list[int]]:
-    """Models of each split, drawn at random; each split gets at least one."""
-    order = np.random.default_rng(seed).permutation(count)
-    held_out = [max(1, round(share * count)) for share in SPLIT_SHARES[1:]]
-    ends = np.cumsum([count - sum(held_out), *held_out])
-    parts = np.split(order, ends[:-1])
-    return {split: sorted(part.tolist()) for split, part in zip(SPLITS, parts, strict=True)}
-
-
-def _reference(last: Snapshot, train: list[int]) -> int:
-    """The model to align to: the best of the train split, by validation accuracy."""
-    return train[int(last.metrics["validation_accuracy"][train].argmax())]
-
-
-def _align(snapshots: list[Snapshot], reference: int, spec: SymmetrySpec) -> list[dict[str, Any]]:
-    """Match each model's last checkpoint to the reference; all its checkpoints get the same permutation.
-
-    One permutation for a whole run keeps the run continuous, and matching a trained checkpoint means more than matching
-    an initial one. The snapshots' tensors are permuted in place.
+    Raises:
+        ValueError: If it was begun with other settings.
     """
-    last = snapshots[-1].tensors
-    target = {name: tensor[reference] for name, tensor in last.items()}
-    spec = spec.of_kind("permutation", "sign")  # scales would change the values that statistics are made of
-    matcher = WeightMatcher(spec, target)
-    alignment = []
-    for number in tqdm(range(len(next(iter(last.values())))), desc="align", unit="network"):
-        draw = matcher.match({name: tensor[number] for name, tensor in last.items()})
-        for snapshot in snapshots:
-            before = {name: tensor[number] for name, tensor in snapshot.tensors.items()}
-            after = spec.apply(before, draw)
-            distances = {
-                "alignment_distance_before": weight_distance(before, target),
-                "alignment_distance_after": weight_distance(after, target),
-            }
-            for name, tensor in snapshot.tensors.items():
-                tensor[number] = after[name]
-            alignment.append({"epoch": snapshot.epoch, "model": number, "draw": draw, **distances})
-    return alignment
+    if work.is_dir() and not (work / MARKER).exists():
+        shutil.rmtree(work)  # killed while it was made
+    leave_out = (*NOT_IN_ARGUMENTS, "license")
+    claim_folder(work, "build-zoo", {k.replace("_", "-"): v for k, v in asdict(args).items() if k not in leave_out})
 
 
-def _rows(args, members, snapshots, models, alignment, reference, layout) -> list[dict[str, Any]]:
-    """The rows of one split, by model and then by epoch."""
-    aligned = {(entry["model"], entry["epoch"]): entry for entry in alignment}
-    rows = []
-    for model, snapshot in itertools.product(models, snapshots):
-        member, entry = members[model], aligned[model, snapshot.epoch]
-        metrics = {name: float(values[model]) for name, values in snapshot.metrics.items()}
-        rows.append(
-            {
-                "model_id": member.model_id,
-                "epoch": snapshot.epoch,
-                "layout_id": layout.fingerprint,
-                "architecture": args.architecture,
-                "architecture_kwargs": args.architecture_kwargs,
-                "weights": weights_to_bytes({name: tensor[model] for name, tensor in snapshot.tensors.items()}),
-                **metrics,
-                "generalization_gap": metrics["train_accuracy"] - metrics["test_accuracy"],
-                **{f"hparams_{name}": value for name, value in member.hparams.items()},
-                "alignment_reference": members[reference].model_id,
-                "alignment_distance_before": entry["alignment_distance_before"],
-                "alignment_distance_after": entry["alignment_distance_after"],
-                "alignment_permutations": [value.long().tolist() for value in entry["draw"]],
-            }
+# --- what kinds of networks there are
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Networks with the same arguments of their architecture."""
+
+    layout: CheckpointLayout
+    spec: SymmetrySpec  # what holds for all networks of this layout, whatever their arguments
+    models_per_batch: int
+
+
+def _find_kinds(
+    args: BuildZooArguments, members: Sequence[Member], splits: Mapping[str, str], task: Task
+) -> dict[str, _Kind]:
+    """Build, run and analyse one network for each set of arguments, before hours are spent on training; by their JSON.
+
+    Raises:
+        ValueError: If one cannot be built, does not fit the task, or has no network in the train split to align to.
+    """
+    kinds: dict[str, _Kind] = {}
+    distinct = {member.architecture_kwargs: member for member in members}
+    for text, member in tqdm(distinct.items(), desc="symmetries", unit="kind", disable=len(distinct) < 10):
+        module = build_network(args.architecture, member.kwargs, args.seed)
+        _check_fits(args, module, member.kwargs, task)
+        alone = trains_one_by_one(module, task.images["train"][:1], args.batch_size)
+        kinds[text] = _Kind(
+            SaneWeightTokenizer().layout(module),
+            find_symmetries(module, task.images["train"][:2]),
+            ONE_BY_ONE_PER_BATCH if alone else MODELS_PER_BATCH,
         )
-    return rows
+    in_train = {
+        kinds[member.architecture_kwargs].layout.fingerprint
+        for member in members
+        if splits[member.model_id] == "train"
+    }
+    for text, kind in kinds.items():
+        if kind.layout.fingerprint not in in_train:
+            raise ValueError(
+                f"of the networks with {text} and their like none is in the train split, to align the others to; give more "
+                "--num-models, fewer shapes in --sweep-architecture, or another --seed."
+            )
+    return {text: replace(kind, spec=_common(kind, kinds.values())) for text, kind in kinds.items()}
+
+
+def _common(kind: _Kind, kinds: Iterable[_Kind]) -> SymmetrySpec:
+    """Symmetries that all kinds of this layout have: a zoo keeps one file a layout, but signs hold for tanh and not for ReLU."""
+    alike = [other.spec.groups for other in kinds if other.layout.fingerprint == kind.layout.fingerprint]
+    return replace(
+        kind.spec, groups=tuple(group for group in kind.spec.groups if all(group in groups for groups in alike))
+    )
+
+
+@torch.no_grad()
+def _check_fits(args: BuildZooArguments, module: nn.Module, kwargs: Mapping[str, Any], task: Task) -> None:
+    config = getattr(module, "config", None)  # of transformers' models, which take any argument
+    unknown = [] if config is None else [name for name in kwargs if not hasattr(type(config)(), name)]
+    if unknown:
+        raise ValueError(f"{args.architecture} does not know the argument {unknown[0]!r}.")
+    shape = " x ".join(map(str, task.images["train"].shape[1:]))
+    try:
+        output = module.eval()(task.images["train"][:2])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{args.architecture} with {json.dumps(kwargs)} cannot read the images of {args.task}, which are {shape}: "
+            f"{str(error).splitlines()[0]}. Say so in --architecture-kwargs, for instance with image_size."
+        ) from error
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    if logits.dim() != 2 or logits.shape[1] < task.num_classes:
+        raise ValueError(
+            f"{args.architecture} with {json.dumps(kwargs)} gives an output of shape {tuple(logits.shape)} for 2 images, expected "
+            f"(2, {task.num_classes}); give num_classes (num_labels for transformers) in --architecture-kwargs."
+        )
+
+
+# --- training
+
+
+def _train(args: BuildZooArguments, groups: Mapping[Path, Sequence[Member]], task: Task) -> None:
+    """Train the groups that are not done yet."""
+    kept = args.kept_epochs()
+    combinations = num_combinations(args.settings(), args.swept_kwargs())
+    if args.sweep == "grid" and combinations > args.num_models:
+        print(
+            f"{args.num_models} networks take the first {args.num_models} of {combinations} combinations of settings; "
+            "--sweep random draws from all."
+        )
+    training = Training(args.architecture, args.task, kept, args.batch_size, args.seed)
+    done = sum(len(group) for folder, group in groups.items() if folder.exists())
+    with tqdm(
+        total=args.num_models * kept[-1],
+        initial=done * kept[-1],
+        desc=f"train {args.num_models} networks",
+        unit="model-epoch",
+    ) as bar:
+
+        def report(networks: int, accuracy: float | None) -> None:
+            bar.update(networks)
+            if accuracy is not None:
+                bar.set_postfix(validation_accuracy=f"{accuracy:.3f}")
+
+        left = {folder: group for folder, group in groups.items() if not folder.exists()}
+        if left:
+            train_groups(left, training, task, args.num_workers, report)
+
+
+# --- the zoo
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A trained network: what it is and what was measured."""
+
+    member: Member
+    kind: _Kind
+    split: str
+    folder: Path  # of its group
+    place: int  # in its group
+    metrics: dict[int, dict[str, float | None]]  # by epoch
+
+    def read(self, epoch: int) -> dict[str, torch.Tensor]:
+        """Weights as they were trained."""
+        return read_checkpoint(self.folder, self.place, epoch)
+
+    def properties(self, epoch: int) -> dict[str, Any]:
+        """Columns that differ from zoo to zoo."""
+        metrics = self.metrics[epoch]
+        return {
+            **metrics,
+            "generalization_gap": metrics["train_accuracy"] - metrics["test_accuracy"],
+            **{f"{HPARAM}{name}": value for name, value in self.member.hparams.items()},
+        }
+
+
+def _assemble(
+    args: BuildZooArguments,
+    folder: Path,
+    groups: Mapping[Path, Sequence[Member]],
+    splits: Mapping[str, str],
+    kinds: Mapping[str, _Kind],
+    task: Task,
+) -> dict[str, Any]:
+    """Align and write the checkpoints one by one; memory holds their figures."""
+    started = time.perf_counter()
+    runs, seconds_train = _read_runs(groups, splits, kinds)
+    skipped = [
+        f"{run.member.model_id} from epoch {min(missing)}: its weights are not finite"
+        for run in runs
+        if (missing := set(args.kept_epochs()) - set(run.metrics))
+    ]
+    runs = [run for run in runs if run.metrics]
+    aligners = _choose_references(runs)
+    types = column_types((run.member.model_id, run.properties(epoch)) for run in runs for epoch in run.metrics)
+    counts = Counter(run.split for run in runs for _ in run.metrics)
+    writer, lineage = ZooWriter(folder, types, counts), Lineage()
+    for kind in kinds.values():
+        writer.add_layout(kind.layout, kind.spec)
+    for run in tqdm(runs, desc="align", unit="network"):
+        _write_run(args, run, aligners[run.kind.layout.fingerprint], writer, lineage)
+    references = {layout_id: aligner.reference_id for layout_id, aligner in aligners.items()}
+    info = {
+        "task": args.task,
+        "pixel_mean": task.pixel_mean,
+        "pixel_std": task.pixel_std,
+        "license": args.license,
+        "num_models": len(runs),
+        "num_checkpoints": sum(counts.values()),
+        "skipped": skipped,
+        "alignment_reference": references if len(references) > 1 else next(iter(references.values())),
+        "seconds_train": round(seconds_train, 2),
+        "seconds_align": round(time.perf_counter() - started, 2),
+        "arguments": {k: v for k, v in asdict(args).items() if k not in NOT_IN_ARGUMENTS},
+    }
+    return writer.finish(Path(args.output_dir).name, info, lineage.report())
+
+
+def _read_runs(
+    groups: Mapping[Path, Sequence[Member]], splits: Mapping[str, str], kinds: Mapping[str, _Kind]
+) -> tuple[list[_Run], float]:
+    """All networks and their figures, and the seconds of training, those of processes side by side added up."""
+    runs, seconds = [], 0.0
+    for folder, members in groups.items():
+        found, took = read_group(folder)
+        seconds += took
+        for place, (member, metrics) in enumerate(zip(members, found, strict=True)):
+            kind = kinds[member.architecture_kwargs]
+            runs.append(_Run(member, kind, splits[member.model_id], folder, place, metrics))
+    return runs, seconds
+
+
+def _choose_references(runs: Sequence[_Run]) -> dict[str, ZooAligner]:
+    """For each layout, align to the network of the train split whose last checkpoint is best on the validation images."""
+    best: dict[str, tuple[float, _Run]] = {}
+    for run in runs:
+        quality = run.metrics[max(run.metrics)]["validation_accuracy"]
+        layout_id = run.kind.layout.fingerprint
+        if run.split == "train" and (layout_id not in best or quality > best[layout_id][0]):
+            best[layout_id] = quality, run
+    without = [run for run in runs if run.kind.layout.fingerprint not in best]
+    if without or not runs:
+        raise ValueError(
+            "the weights of all networks of the train split "
+            + (f"with the shape of {without[0].member.model_id} " if without else "")
+            + "became infinite in training; build the zoo again with smaller --learning-rates."
+        )
+    return {
+        layout_id: ZooAligner(run.kind.spec, run.member.model_id, run.read(max(run.metrics)))
+        for layout_id, (_, run) in best.items()
+    }
+
+
+def _write_run(args: BuildZooArguments, run: _Run, aligner: ZooAligner, writer: ZooWriter, lineage: Lineage) -> None:
+    """The rows of one network, by epoch."""
+    last = run.read(max(run.metrics))
+    draw = aligner.match(last)
+    for epoch in sorted(run.metrics):
+        aligned, alignment = aligner.apply(run.read(epoch), draw)
+        row = {
+            "model_id": run.member.model_id,
+            "epoch": epoch,
+            "layout_id": run.kind.layout.fingerprint,
+            "architecture": args.architecture,
+            "architecture_kwargs": run.member.architecture_kwargs,
+            **run.properties(epoch),
+            **alignment,
+        }
+        lineage.add_checkpoint(f"{run.member.model_id} epoch {epoch}", writer.add(run.split, row, aligned))
+    lineage.add_model(run.member.model_id, run.split, run.kind.layout.fingerprint, last)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -212,6 +490,8 @@ def main(argv: list[str] | None = None) -> None:
     def command(args: BuildZooArguments) -> None:
         info = build_zoo(args)
         print(f"{info['num_models']} networks, {info['num_checkpoints']} checkpoints in {args.output_dir}")
+        for reason in info["skipped"]:
+            print(f"  left out: {reason}")
 
     run_command(command, args, PROGRAM)
 

@@ -6,6 +6,8 @@ import sys
 COMMANDS = {
     "quickstart": "zoo, training, embeddings, prediction and generation on the embedded digits task, in one go",
     "build-zoo": "train a population of small networks and write it as a zoo",
+    "import-zoo": "make a zoo out of checkpoints: folders, published zoos, Trainer runs, Hub repositories",
+    "push-zoo": "publish a zoo as a dataset on the Hub",
     "train": "pre-train SANE on a zoo (also: accelerate launch hub_scripts/train.py)",
     "embed": "embeddings of the checkpoints of a zoo, or of checkpoint files",
     "probe": "predict properties of networks from their embeddings, against the baselines",

@@ -46,7 +46,11 @@ class Codec:
 
     def tokens(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Normalised tokens `(networks, tokens, token_size)` of stacked tensors `(networks, *shape)`."""
-        return (self.layout.pack(tensors) - self.mean) / self.std
+        return self.normalize(self.layout.pack(tensors))
+
+    def normalize(self, raw: torch.Tensor) -> torch.Tensor:
+        """Normalised tokens of raw ones, both `(networks, tokens, token_size)`."""
+        return (raw - self.mean) / self.std
 
     def tensors(self, token_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Undo [`~Codec.tokens`]; differentiable."""

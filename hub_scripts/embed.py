@@ -12,7 +12,7 @@ from hub_scripts.arguments import parse_arguments, require_source, run_command
 from hub_scripts.codec import Codec, load_pretrained
 from hub_scripts.evaluation.features import DEFAULT_FEATURE, FEATURES
 from hub_scripts.outputs import new_folder, write_json
-from hub_scripts.zoos.schema import ZOO_FILE
+from hub_scripts.zoos.schema import ZOO_FILE, property_columns
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import SaneModel
 from tokenization_sane import SaneWeightTokenizer
@@ -69,7 +69,7 @@ def embed(args: EmbedArguments) -> dict[str, Any]:
         for source in args.sources:
             require_source(source, "the source")
             if _is_zoo(source):
-                rows += _embed_zoo(Zoo(source, on_error=args.on_error), model, tokenizer, function)
+                rows += _embed_zoo(source, args.on_error, model, tokenizer, function)
             else:
                 layout = tokenizer.layout(source)
                 codec = Codec(model, tokenizer, layout)
@@ -87,14 +87,21 @@ def _is_zoo(source: str) -> bool:
     return (Path(source) / ZOO_FILE).is_file() or not Path(source).exists()
 
 
-def _embed_zoo(zoo: Zoo, model: SaneModel, tokenizer: SaneWeightTokenizer, function) -> list[dict[str, Any]]:
-    codec = Codec(model, tokenizer, zoo.layout)
+def _embed_zoo(
+    source: str, on_error: str, model: SaneModel, tokenizer: SaneWeightTokenizer, function
+) -> list[dict[str, Any]]:
+    """Rows with the zoo's own properties, layout by layout."""
     rows = []
-    for split in zoo.splits:
-        features = function(embed_split(zoo, split, codec), codec.layout.layer_ids)
-        columns = zoo.rows(split).select_columns(["model_id", "epoch", "layout_id", "test_accuracy"])
-        for row, feature in zip(columns, features, strict=True):
-            rows.append({"source": zoo.name, "split": split, **row, "embedding": feature.tolist()})
+    for layout_id in Zoo(source).layout_ids:
+        zoo = Zoo(source, on_error=on_error, layout_id=layout_id)
+        codec = Codec(model, tokenizer, zoo.layout)
+        for split, table in zoo.splits.items():
+            if not len(table):
+                continue
+            features = function(embed_split(zoo, split, codec), codec.layout.layer_ids)
+            columns = ["model_id", "epoch", "layout_id", *property_columns(table.features)]
+            for row, feature in zip(table.select_columns(columns), features, strict=True):
+                rows.append({"source": zoo.name, "split": split, **row, "embedding": feature.tolist()})
     return rows
 
 

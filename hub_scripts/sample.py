@@ -14,7 +14,9 @@ from hub_scripts.codec import Codec
 from hub_scripts.evaluation import plots
 from hub_scripts.evaluation.baselines import average_anchors, nearest_distances, noise_around
 from hub_scripts.evaluation.functional import condition_norms, evaluate
-from hub_scripts.outputs import new_folder, write_json
+from hub_scripts.hub import publish_folder
+from hub_scripts.model_cards import networks_card, public_settings
+from hub_scripts.outputs import new_folder, write_json, write_text
 from hub_scripts.zoos.networks import save_networks
 from hub_scripts.zoos.tasks import Task, load_task
 from hub_scripts.zoos.zoo import Zoo
@@ -64,6 +66,11 @@ class SampleArguments:
     count: int = field(default=50, metadata={"help": "Networks to draw for each set."})
     keep: int = field(default=10, metadata={"help": "Networks of each set to write, the best on validation images."})
     task: str | None = field(default=None, metadata={"help": "Task to judge them on; by default the zoo's own."})
+    push_to_hub: str | None = field(
+        default=None,
+        metadata={"help": "Publish the networks that are kept, with their card, as this model repository."},
+    )
+    hub_private: bool = field(default=False, metadata={"help": "Make the repository private, if it is new."})
     on_error: str = field(
         default="refuse",
         metadata={"help": "Rows with damaged or non-finite weights: refuse (stop and name the row) or skip."},
@@ -194,7 +201,7 @@ def _write(
         "architecture_kwargs": row["architecture_kwargs"],
         "task": args.task or zoo.info["task"],
         "anchors": [zoo.rows("train")[int(i)]["model_id"] for i in rows],
-        "arguments": asdict(args),
+        "arguments": public_settings(asdict(args)),
         "sets": {
             name: [
                 {"file": f"{name}/{i:03d}.safetensors", "test_accuracy": float(sets[name]["accuracy"][k]),
@@ -205,6 +212,8 @@ def _write(
         },
     }  # fmt: skip
     save_networks(folder / NETWORKS_FOLDER, networks, info)
+    name = args.push_to_hub or f"Networks generated from {Path(zoo.name).name}"
+    write_text(folder / NETWORKS_FOLDER / "README.md", networks_card(name, args.model, zoo, results, info))
     shown = {name: result["accuracy"] for name, result in sets.items()}
     plots.accuracy_histogram(shown).savefig(folder / "accuracy.png")
     scatter = {name: (result["distance"], result["accuracy"]) for name, result in sets.items()}
@@ -225,7 +234,13 @@ def main(argv: list[str] | None = None) -> None:
                 f"{name:<16} accuracy {figures['accuracy_mean']:.3f}, top {TOP} {figures[f'accuracy_top{TOP}']:.3f}, "
                 f"distance to the nearest training checkpoint {figures['nearest_train_distance']:.1f}"
             )
-        print(f"networks in {Path(args.output_dir) / NETWORKS_FOLDER}")
+        networks = Path(args.output_dir) / NETWORKS_FOLDER
+        print(f"networks in {networks}")
+        if args.push_to_hub:
+            where = publish_folder(
+                networks, args.push_to_hub, private=args.hub_private, message="Upload generated networks"
+            )
+            print(f"published at {where}")
 
     run_command(command, args, PROGRAM)
 

@@ -5,13 +5,11 @@ On two CPU processes:    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu -
 On all GPUs of a host:   accelerate launch --multi_gpu hub_scripts/train.py ...
 """
 
-import hashlib
-import json
 import math
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, require_source, run_command
 from hub_scripts.codec import Codec
 from hub_scripts.evaluation.functional import accuracy, batched_logits, behavioural_loss
+from hub_scripts.hub import publish_folder
+from hub_scripts.model_cards import model_card, public_settings
 from hub_scripts.outputs import claim_folder, read_json, release_folder, write_json, write_text
-from hub_scripts.zoos.cards import model_card
+from hub_scripts.zoos.token_cache import STORED, TokenCache, token_cache
 from hub_scripts.zoos.views import StepSampler, WindowDataset, collate
-from hub_scripts.zoos.zoo import Zoo, token_cache
+from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import SaneConfig, SaneForPreTraining
 from tokenization_sane import SaneWeightTokenizer
 
@@ -50,6 +49,16 @@ class TrainArguments:
 
     zoo: str = field(metadata={"help": "Folder of a zoo, or a dataset repository on the Hub."})
     output_dir: str = field(metadata={"help": "Folder for the model; also holds the checkpoints while training."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the zoo on the Hub."})
+    layout_id: str | None = field(
+        default=None, metadata={"help": "Of a zoo with several layouts: the one to train on."}
+    )
+    cache_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "How tokens are kept in the cache: float32, or bfloat16 for half the space and three digits."
+        },
+    )
     model_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -96,9 +105,12 @@ class TrainArguments:
         default=True, metadata={"help": "Second view: a random symmetry of the network, not only other noise."}
     )
     noise: float = field(default=0.1, metadata={"help": "Multiplicative Gaussian noise on both views; 0 for none."})
-    behavioural_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the loss between the outputs of decoded and original networks; 0 for none."},
+    behavioural_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the loss between the outputs of decoded and original networks; 0 for none. By default 0.1 "
+            "where the zoo says how its networks are run and a window holds a whole one, else 0."
+        },
     )
     behavioural_networks: int = field(
         default=16, metadata={"help": "Networks of a batch that are decoded and run for that loss."}
@@ -125,6 +137,13 @@ class TrainArguments:
     report_to: str = field(
         default="none", metadata={"help": "Tracker that Accelerate knows (tensorboard, trackio, wandb), or none."}
     )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Publish the finished model, tokenizer and card, in one commit."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Where it goes, namespace/name; by default the name of --output-dir."}
+    )
+    hub_private: bool = field(default=False, metadata={"help": "Make the repository private, if it is new."})
     on_error: str = field(
         default="refuse",
         metadata={"help": "Rows with damaged or non-finite weights: refuse (stop and name the row) or skip."},
@@ -134,6 +153,8 @@ class TrainArguments:
     def __post_init__(self):
         for name in ("learning_rate", "weight_decay", "noise", "behavioural_weight", "max_grad_norm", "warmup_ratio"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if isinstance(value, str):  # YAML reads 1e-4 as text
                 raise ValueError(f"--{name.replace('_', '-')} is the text {value!r}; in YAML write 1.0e-4, not 1e-4.")
             if value < 0:
@@ -150,6 +171,8 @@ class TrainArguments:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1.")
         if self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(f"--resume-from-checkpoint is {self.resume_from_checkpoint!r}, expected 'latest'.")
+        if self.cache_dtype not in STORED:
+            raise ValueError(f"--cache-dtype is {self.cache_dtype!r}, expected {' or '.join(STORED)}.")
         if self.batch_size == 1 and self.contrastive_weight:
             raise ValueError("--batch-size 1 has nothing to contrast; use more, or --contrastive-weight 0.")
 
@@ -174,24 +197,44 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
         accelerator.init_trackers("trackers", config=settings)
 
     with accelerator.main_process_first():
-        zoo = Zoo(args.zoo, on_error=args.on_error)
-        tokenizer = _tokenizer(args, zoo)
-        folder = cache_folder(zoo, tokenizer)
-        tokens = {split: token_cache(zoo, split, tokenizer, folder) for split in ("train", "validation")}
-    layout = zoo.layout.repack(tokenizer.token_size, tokenizer.packing)
+        zoo = Zoo(args.zoo, args.revision, args.on_error, args.layout_id)
+    tokenizer = _tokenizer(args)
+    # all processes read the zoo together, each row once
+    cache = {
+        split: token_cache(
+            zoo,
+            split,
+            tokenizer.token_size,
+            tokenizer.packing,
+            args.cache_dtype,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        for split in ("train", "validation")
+    }
+    layout = cache["train"].layout
+    tokenizer.set_moments({layout.fingerprint: (zoo.layout, cache["train"].moments)})
+    statistics = tokenizer.zoo[layout.fingerprint]["statistics"]
+    if zoo.has_symmetries:
+        tokenizer.symmetries = {layout.fingerprint: zoo.symmetries.to_json()}
 
-    model = _model(args, layout, tokens["train"])
+    model = _model(args, tokenizer, cache["train"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     config = model.config
+    if args.behavioural_weight is None:
+        args = replace(
+            args, behavioural_weight=0.1 if zoo.can_run and config.window_size >= layout.num_tokens else 0.0
+        )
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = _Run(args, accelerator, len(tokens["train"]))
+    run = _Run(args, accelerator, len(cache["train"]))
     if args.resume_from_checkpoint:
         run.load(output_dir)
     run.set_learning_rate(optimizer)
 
-    spec = zoo.symmetries if args.permute else None
-    statistics = tokenizer.zoo[layout.fingerprint]["statistics"]
-    dataset = WindowDataset(tokens["train"], layout, config.window_size, spec, args.noise, args.seed, statistics)
+    spec = zoo.symmetries if args.permute and zoo.has_symmetries else None
+    if args.permute and spec is None:
+        accelerator.print(f"{zoo.name} has no symmetries, so the two views differ by noise alone.")
+    dataset = WindowDataset(cache["train"], statistics, config.window_size, spec, args.noise, args.seed)
     sampler = StepSampler(
         len(dataset),
         args.batch_size,
@@ -204,7 +247,7 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers)
     codec = Codec(accelerator.unwrap_model(model).sane, tokenizer, layout)
     behaviour = _Behaviour(args, zoo, codec, accelerator.device) if args.behavioural_weight else None
-    validation = _Validation(zoo, codec, tokens["validation"], accelerator)
+    validation = _Validation(zoo, codec, cache["validation"], accelerator)
 
     accelerator.print(
         f"{model.__class__.__name__}: {sum(p.numel() for p in model.parameters()):,} parameters, {layout.num_tokens} tokens of "
@@ -221,11 +264,8 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
             if run.step % args.eval_steps == 0 or last:
                 scores = validation(model)
                 run.log(losses, scores)
-                bar.set_postfix(
-                    loss=f"{losses['loss']:.4f}",
-                    r2=f"{scores['r2']:.3f}",
-                    accuracy=f"{scores['accuracy_decoded']:.3f}",
-                )
+                shown = {"loss": losses["loss"], "r2": scores["r2"], "accuracy": scores.get("accuracy_decoded")}
+                bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items() if value is not None})
             if run.step % args.save_steps == 0 or last:
                 run.save(output_dir)
             if last:
@@ -239,16 +279,6 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
 def compression(layout, latent_size: int) -> float:
     """Real weight values per latent value."""
     return layout.num_parameters / (layout.num_tokens * latent_size)
-
-
-def cache_folder(zoo: Zoo, tokenizer: SaneWeightTokenizer) -> Path:
-    """Where the tokens of a zoo are kept, by what they depend on."""
-    rows = [dataset._fingerprint for dataset in zoo.splits.values()]
-    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (zoo.folder / "data").glob("*.parquet"))
-    layout = zoo.layout.repack(tokenizer.token_size, tokenizer.packing)
-    key = json.dumps([rows, files, tokenizer.to_json_string(), layout.to_json()])
-    root = Path(os.environ.get("SANE_CACHE", Path(HF_HOME) / "sane"))
-    return root / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def _accelerator(args: TrainArguments) -> Accelerator:
@@ -274,6 +304,7 @@ def _claim(args: TrainArguments, output_dir: Path, is_main_process: bool) -> Non
     if not is_main_process:
         return
     changeable = {"output_dir", "resume_from_checkpoint", "num_workers", "report_to", "save_total_limit"}
+    changeable |= {"push_to_hub", "hub_model_id", "hub_private"}
     claimed = claim_folder(output_dir, "train", {k: v for k, v in asdict(args).items() if k not in changeable})
     if claimed and not args.resume_from_checkpoint:
         raise ValueError(
@@ -281,23 +312,19 @@ def _claim(args: TrainArguments, output_dir: Path, is_main_process: bool) -> Non
         )
 
 
-def _tokenizer(args: TrainArguments, zoo: Zoo) -> SaneWeightTokenizer:
-    """A tokenizer with the statistics of the zoo's train split."""
+def _tokenizer(args: TrainArguments) -> SaneWeightTokenizer:
+    """A tokenizer whose statistics are still to come: from the train split."""
     if args.model_name_or_path:
         require_source(args.model_name_or_path, "the model")
         source = SaneWeightTokenizer.from_pretrained(args.model_name_or_path)
-        tokenizer = SaneWeightTokenizer(source.token_size, source.packing, "zoo")
-    else:
-        tokenizer = SaneWeightTokenizer(args.token_size, args.packing, "zoo")
-    rows = range(len(zoo.rows("train")))
-    return tokenizer.fit(
-        (zoo.state_dict("train", row) for row in tqdm(rows, desc="statistics", leave=False)), zoo.layout
-    )
+        return SaneWeightTokenizer(source.token_size, source.packing, "zoo")
+    return SaneWeightTokenizer(args.token_size, args.packing, "zoo")
 
 
-def _model(args: TrainArguments, layout, tokens: np.ndarray) -> SaneForPreTraining:
+def _model(args: TrainArguments, tokenizer: SaneWeightTokenizer, cache: TokenCache) -> SaneForPreTraining:
     if args.model_name_or_path:
         return SaneForPreTraining.from_pretrained(args.model_name_or_path)
+    layout = cache.layout
     window_size = args.window_size or min(256, layout.num_tokens)
     learned = args.position_encoding == "learned"
     config = SaneConfig(
@@ -316,8 +343,8 @@ def _model(args: TrainArguments, layout, tokens: np.ndarray) -> SaneForPreTraini
     )
     model = SaneForPreTraining(config)
     if args.linear_start:
-        chosen = np.random.default_rng(args.seed).permutation(len(tokens))[:256]
-        sample = torch.from_numpy(np.asarray(tokens[np.sort(chosen)]))
+        chosen = np.random.default_rng(args.seed).permutation(len(cache))[:256]
+        sample = tokenizer.normalize(cache.tokens(np.sort(chosen)), layout)
         kinds = layout.layer_kind_ids.expand(len(sample), -1)
         mask = layout.value_mask.expand(len(sample), -1, -1)
         model.sane.initialize_linear(sample, layout.position_ids, value_mask=mask, layer_kind_ids=kinds)
@@ -467,43 +494,39 @@ class _Validation:
     """Reconstruction and function of the validation split's networks, shared out among the processes."""
 
     max_networks = 64  # whose function is measured: last checkpoints
+    max_values = 50_000_000  # weights that are held in memory; of a larger split, checkpoints at equal distances
 
-    def __init__(self, zoo: Zoo, codec: Codec, tokens: np.ndarray, accelerator: Accelerator):
-        self.codec, self.accelerator, self.module = codec, accelerator, zoo.module
-        mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        self.tokens = torch.from_numpy(np.array(tokens[mine]))
-        self.last = torch.from_numpy(
-            (zoo.column("validation", "epoch") == zoo.column("validation", "epoch").max())[mine]
-        )
-        self.images, self.labels = zoo.task.images["validation"], zoo.task.labels["validation"]
+    def __init__(self, zoo: Zoo, codec: Codec, cache: TokenCache, accelerator: Accelerator):
+        self.codec, self.accelerator = codec, accelerator
+        every = -(-len(cache) * codec.layout.num_tokens * codec.layout.token_size // self.max_values)
+        rows = np.arange(0, len(cache), every)[accelerator.process_index :: accelerator.num_processes]
+        self.tokens = codec.normalize(cache.tokens(rows))
+        self.module = zoo.module if zoo.can_run else None
+        if self.module is not None:
+            epochs = zoo.column("validation", "epoch")
+            self.last = torch.from_numpy(epochs[rows] == epochs.max())
+            self.images, self.labels = zoo.task.images["validation"], zoo.task.labels["validation"]
 
     def __call__(self, model) -> dict[str, float]:
-        """`r2` over all real values, `accuracy_decoded` and `accuracy_original` on the task's validation images."""
+        """`r2` over all real values; `accuracy_decoded` and `accuracy_original` on the task's validation images, if it has one."""
         model.eval()
-        self.module.to("cpu")
         decoded = self.codec.decode(self.codec.encode(self.tokens))
         mask = self.codec.layout.value_mask
-        chosen = self.last.nonzero().flatten()[: self.max_networks]
-        pair = (decoded[chosen], self.tokens[chosen])
-        hits = [self._accuracy(tokens) * len(chosen) for tokens in pair]
         values = self.tokens[:, mask].double()
-        sums = [
-            ((decoded[:, mask] - values) ** 2).sum(),
-            values.sum(),
-            (values**2).sum(),
-            values.numel(),
-            *hits,
-            len(chosen),
-        ]
+        sums = [((decoded[:, mask] - values) ** 2).sum(), values.sum(), (values**2).sum(), values.numel()]
+        if self.module is not None:
+            self.module.to("cpu")
+            chosen = self.last.nonzero().flatten()[: self.max_networks]
+            sums += [self._accuracy(tokens[chosen]) * len(chosen) for tokens in (decoded, self.tokens)]
+            sums.append(len(chosen))
         totals = torch.tensor([float(s) for s in sums], dtype=torch.float64)
-        error, total, squares, count, hit, hit_original, networks = self.accelerator.reduce(
+        error, total, squares, count, *hits = self.accelerator.reduce(
             totals.to(self.accelerator.device), "sum"
         ).tolist()
-        return {
-            "r2": 1 - error / (squares - total**2 / count),
-            "accuracy_decoded": hit / networks,
-            "accuracy_original": hit_original / networks,
-        }
+        scores = {"r2": 1 - error / (squares - total**2 / count)}
+        if hits:
+            scores |= {"accuracy_decoded": hits[0] / hits[2], "accuracy_original": hits[1] / hits[2]}
+        return scores
 
     def _accuracy(self, tokens: torch.Tensor) -> float:
         """Mean accuracy of networks given as tokens; 0 if this process has none."""
@@ -522,14 +545,18 @@ def _finish(args, accelerator, model, tokenizer, zoo, layout, run, output_dir) -
         "compression": compression(layout, accelerator.unwrap_model(model).config.latent_size),
         "num_processes": accelerator.num_processes,
         "seed": args.seed,
-        "validation": {name: final[name] for name in ("r2", "accuracy_decoded", "accuracy_original")},
+        "validation": {k: final[k] for k in ("r2", "accuracy_decoded", "accuracy_original") if k in final},
     }
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
-        write_json(output_dir / "training_args.json", asdict(args))
+        write_json(output_dir / "training_args.json", public_settings(asdict(args)))
         write_text(output_dir / "README.md", model_card(zoo, results, asdict(args)))
         write_json(output_dir / RESULTS_FILE, results)
+        if args.push_to_hub:
+            repo_id = args.hub_model_id or output_dir.resolve().name
+            ignore = ["step_*/*", "trackers/*"]
+            print(publish_folder(output_dir, repo_id, private=args.hub_private, message="Upload SANE", ignore=ignore))
     accelerator.wait_for_everyone()
     return results
 

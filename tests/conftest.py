@@ -54,3 +54,21 @@ def tiny_model(tmp_path_factory, tiny_zoo) -> Path:
     folder = tmp_path_factory.mktemp("model") / "model"
     train(TrainArguments(zoo=str(tiny_zoo), output_dir=str(folder), **TINY_TRAINING))
     return folder
+
+
+@pytest.fixture(scope="session")
+def sharded_zoo(tmp_path_factory, tiny_zoo) -> Path:
+    """The same networks with the train split in four files."""
+    import shutil
+
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("sharded") / "zoo"
+    shutil.copytree(tiny_zoo, folder)
+    (file,) = (folder / "data").glob("train-*.parquet")
+    table = pq.read_table(file)
+    file.unlink()
+    for number in range(4):
+        start, stop = (len(table) * i // 4 for i in (number, number + 1))
+        pq.write_table(table.slice(start, stop - start), folder / "data" / f"train-{number:05d}-of-00004.parquet")
+    return folder

@@ -7,7 +7,7 @@ from .checkpoint_sane import CheckpointFiles, CheckpointWriter
 from .find_symmetries_sane import find_symmetries
 from .layout_sane import LAYER_KINDS, PACKINGS, CheckpointLayout, LayerLayout, TensorLayout, TensorSpec
 from .symmetry_sane import SymmetryGroup, SymmetryItem, SymmetrySpec
-from .tokenization_sane import SaneWeightTokenizer, check_finite
+from .tokenization_sane import SaneWeightTokenizer, check_finite, merge_moments
 
 
 class SaneWeightTokenizerKey(PreTrainedConfig):

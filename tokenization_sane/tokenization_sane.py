@@ -35,6 +35,8 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
             over the checkpoints given to [`~SaneWeightTokenizer.fit`]; `"checkpoint"` by those of the checkpoint itself;
             `"none"` leaves the values alone, and decoding is exact to the bit.
         zoo (`dict`, *optional*): what `fit` learned: fingerprint to layout, means and standard deviations.
+        symmetries (`dict`, *optional*): fingerprint to the JSON text of that architecture's `SymmetrySpec`, so that it travels
+            with the tokenizer; the tokenizer itself does not use it.
 
     Example:
     ```python
@@ -52,6 +54,7 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         packing: str = "dense",
         normalization: str = "none",
         zoo: dict | None = None,
+        symmetries: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         CheckpointLayout.build([], token_size, packing)  # checks both
@@ -61,6 +64,7 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         self.packing = packing
         self.normalization = normalization
         self.zoo = zoo or {}
+        self.symmetries = symmetries or {}
         super().__init__(**kwargs)
 
     # ---------------------------------------------------------------------------------------------------- layout
@@ -249,13 +253,30 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
                 layouts.setdefault(place.fingerprint, place)
                 totals = moments.setdefault(place.fingerprint, {})
                 for name, tensor in place.tensors.items():
-                    totals[name] = _merge_moments(totals.get(name), _moments(read, tensor))
+                    totals[name] = merge_moments(totals.get(name), _moments(read, tensor))
         if not layouts:
             raise ValueError("there is no checkpoint to fit the statistics to.")
-        self.zoo = {}
-        for fingerprint, place in layouts.items():
-            scale = {name: _mean_and_std(total) for name, total in moments[fingerprint].items()}
-            self.zoo[fingerprint] = {"layout": place.to_dict(), "statistics": scale}
+        return self.set_moments({fingerprint: (place, moments[fingerprint]) for fingerprint, place in layouts.items()})
+
+    def set_moments(
+        self, zoo: Mapping[str, tuple[CheckpointLayout, Mapping[str, torch.Tensor]]]
+    ) -> "SaneWeightTokenizer":
+        """Use statistics that were gathered elsewhere, as [`~SaneWeightTokenizer.fit`] gathers them.
+
+        Args:
+            zoo (`Mapping`): by fingerprint, a layout and each tensor's moments: count, mean and sum of squared deviations of all
+                its values, float64 `(3,)`; see [`merge_moments`].
+
+        Returns:
+            [`SaneWeightTokenizer`]: itself.
+        """
+        self.zoo = {
+            fingerprint: {
+                "layout": layout.to_dict(),
+                "statistics": {name: _mean_and_std(total) for name, total in moments.items()},
+            }
+            for fingerprint, (layout, moments) in zoo.items()
+        }
         return self
 
     def normalize(
@@ -388,7 +409,7 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
         # saving writes this entry as a list because the class is called a tokenizer; AutoFeatureExtractor wants a string
         auto_map = output.get("auto_map") or {}
         output["auto_map"] = {k: v[0] if isinstance(v, (list, tuple)) else v for k, v in auto_map.items()}
-        return {key: value for key, value in output.items() if value or key != "auto_map"}
+        return {key: value for key, value in output.items() if value or key not in ("auto_map", "symmetries")}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the tokenizer so that `AutoTokenizer` and `AutoFeatureExtractor` both load it, with its code."""
@@ -404,11 +425,19 @@ class SaneWeightTokenizer(FeatureExtractionMixin):
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise a ValueError that names the first tensor with NaN or infinite values."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # the smallest and the largest value are a quarter of the work of asking all, and NaN is both
+        if not all(end.isfinite() for end in tensor.detach().to(_wide(tensor.dtype)).aminmax()):
             bad = int((~torch.isfinite(tensor.float())).sum())
             raise ValueError(
                 f"{name} holds {bad} NaN or infinite values of {tensor.numel()}; repair or leave out this checkpoint."
             )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """A dtype that has every operation, for one that may only store values."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def _check_precision(layout: CheckpointLayout, dtype: torch.dtype) -> None:
@@ -466,7 +495,7 @@ def _moments(read: Callable, tensor: TensorLayout, keep: bool = False) -> torch.
         if not keep and not torch.isfinite(mean):
             bad += int((~torch.isfinite(values)).sum())
         count = torch.tensor(float(values.numel()), dtype=torch.float64)
-        total = _merge_moments(total, torch.stack([count, mean, ((values - mean) ** 2).sum()]))
+        total = merge_moments(total, torch.stack([count, mean, ((values - mean) ** 2).sum()]))
     if bad:
         raise ValueError(
             f"{tensor.name} holds {bad} NaN or infinite values of {tensor.numel}; repair or leave out this checkpoint."
@@ -474,7 +503,7 @@ def _moments(read: Callable, tensor: TensorLayout, keep: bool = False) -> torch.
     return torch.zeros(3, dtype=torch.float64) if total is None else total
 
 
-def _merge_moments(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
+def merge_moments(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
     """Moments of two sets of values together (Chan, Golub and LeVeque 1983)."""
     if left is None or left[0] == 0:
         return right

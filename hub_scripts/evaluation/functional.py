@@ -1,13 +1,13 @@
-"""Networks judged by what they compute; many networks of one architecture run at once with `torch.func`.
+"""Networks judged by what they compute; many networks of one architecture run at once with `torch.func`, or one after another.
 
 Stacked tensors are a state dict with a leading axis: name -> (networks, *shape). B, N, C = images, networks, classes.
 """
 
 import importlib
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,12 @@ from torch.func import functional_call, vmap
 
 TRUSTED_PREFIXES = ("hub_scripts.zoos.architectures",)  # modules whose functions, not only classes, may be called
 CHUNK_SIZE = 32  # networks at a time; on a CPU larger chunks are not faster and need more memory
+# Convolutions of many networks at once are one grouped convolution. On a CPU that saves calls and costs speed: while the output of
+# a convolution has fewer values than this, all images of a step together, networks at once are faster, above it one by one
+LARGE_CONVOLUTION = 50_000
+OPTIMIZERS = ("adamw", "adam", "sgd")
+MOMENTUM = 0.9  # of SGD
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam and AdamW
 
 
 # --- from a name to a module
@@ -117,7 +123,7 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
-        labels (`torch.Tensor` of shape `(images,)`): int64.
+        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64.
 
     Returns:
         `torch.Tensor` of shape `(networks,)`: float32.
@@ -130,7 +136,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
-        labels (`torch.Tensor` of shape `(images,)`): int64.
+        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64.
 
     Returns:
         `torch.Tensor` of shape `(networks,)`.
@@ -194,6 +200,7 @@ def evaluate(
     labels: torch.Tensor,
     chunk_size: int = CHUNK_SIZE,
     batch_size: int = 256,
+    subsets: torch.Tensor | None = None,
 ) -> Evaluation:
     """Accuracy and loss of many networks, with memory bounded by `chunk_size` networks on `batch_size` images.
 
@@ -201,9 +208,11 @@ def evaluate(
         module (`nn.Module`): the architecture.
         tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
         images (`torch.Tensor` of shape `(images, channels, height, width)`): inputs.
-        labels (`torch.Tensor` of shape `(images,)`): int64.
-        chunk_size (`int`): networks at a time.
+        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64.
+        chunk_size (`int`): networks at a time, where they run at once.
         batch_size (`int`): images at a time.
+        subsets (`torch.Tensor` of shape `(networks, images of a network)`, *optional*): which images each network is judged on;
+            default all.
 
     Returns:
         [`Evaluation`]: accuracy and loss of each network.
@@ -211,12 +220,23 @@ def evaluate(
     Raises:
         ValueError: As in [`batched_logits`].
     """
-    hits = losses = 0.0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        logits = batched_logits(module, tensors, x, chunk_size)
-        hits = hits + accuracy(logits, y) * len(y)
-        losses = losses + cross_entropy(logits, y) * len(y)
-    return Evaluation((hits / len(labels)).cpu().numpy(), (losses / len(labels)).cpu().numpy())
+    tensors = _checked(module, tensors)
+    way = _fastest_way(module, tensors, images[:1], batch_size)
+    networks = len(next(iter(tensors.values())))
+    size = 1 if way.one_by_one else networks
+    hits, losses = torch.zeros(networks, device=images.device), torch.zeros(networks, device=images.device)
+    rows = torch.arange(len(images), device=images.device) if subsets is None else subsets
+    with _mode(module, training=False):
+        for start in range(0, networks, size):
+            part = slice(start, start + size)
+            stacked = {name: tensor[part] for name, tensor in tensors.items()}
+            for index in rows.split(batch_size, dim=-1):
+                x, y = _batch(images, labels, index, part)
+                logits = _forward(module, stacked, x, chunk_size, index.dim() == 2, way)
+                hits[part] += accuracy(logits, y) * y.shape[-1]
+                losses[part] += cross_entropy(logits, y) * y.shape[-1]
+    count = rows.shape[-1]
+    return Evaluation((hits / count).cpu().numpy(), (losses / count).cpu().numpy())
 
 
 # --- training
@@ -233,21 +253,26 @@ def train_networks(
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
+    optimizer: str = "adamw",
+    subsets: torch.Tensor | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Train many networks at once with AdamW, all on the same batches.
+    """Train many networks, all on the same batches.
 
-    AdamW works value by value, so every network trains exactly as it would alone. The tensors given are not changed.
+    The optimizers work value by value, so every network trains exactly as it would alone. The tensors given are not changed.
 
     Args:
         module (`nn.Module`): the architecture.
         tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
         images (`torch.Tensor` of shape `(images, channels, height, width)`): to train on.
-        labels (`torch.Tensor` of shape `(images,)`): int64.
-        learning_rate (`float` or `Sequence[float]`): of AdamW, constant; one for all or one for each network.
-        weight_decay (`float` or `Sequence[float]`): of AdamW, likewise.
+        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64.
+        learning_rate (`float` or `Sequence[float]`): constant; one for all or one for each network.
+        weight_decay (`float` or `Sequence[float]`): likewise.
         epochs (`int`): passes over the images.
         batch_size (`int`): images in a step.
         generator (`torch.Generator`): order of the images.
+        optimizer (`str`): `"adamw"`, `"adam"` or `"sgd"`, the last with a momentum of 0.9.
+        subsets (`torch.Tensor` of shape `(networks, images of a network)`, *optional*): which images each network sees; default
+            all.
 
     Yields:
         `dict[str, torch.Tensor]`: stacked state dicts before training and after each epoch; clone what shall be kept.
@@ -260,32 +285,91 @@ def train_networks(
             "a normalisation layer has momentum=None, torch.func cannot train it; give it a number, e.g. 0.1."
         )
     stacked = _with_buffers(module, _checked(module, tensors))
-    names = dict(module.named_parameters(remove_duplicate=False))
-    parameters = [stacked[name].requires_grad_() for name in stacked if name in names]
-    rates, decays = (
-        [v] * len(parameters[0]) if isinstance(v, (int, float)) else [*v] for v in (learning_rate, weight_decay)
-    )
-    # neighbours with equal settings are one parameter group: a slice of the stack, sharing its memory
-    runs = [
-        (key, [i for i, _ in run]) for key, run in groupby(enumerate(zip(rates, decays, strict=True)), lambda x: x[1])
+    way = _fastest_way(module, stacked, images[:1], batch_size)
+    networks, count = len(next(iter(stacked.values()))), (images if subsets is None else subsets.T).shape[0]
+    known = dict(module.named_parameters(remove_duplicate=False))
+    names = [name for name in stacked if name in known]
+    # the parts share the memory of the stack
+    size = 1 if way.one_by_one else networks
+    parts = [
+        (slice(i, i + size), {name: tensor[i : i + size].detach() for name, tensor in stacked.items()})
+        for i in range(0, networks, size)
     ]
-    slices = [(slice(rows[0], rows[-1] + 1), key) for key, rows in runs]
-    leaves = [[nn.Parameter(p.detach()[rows]) for p in parameters] for rows, _ in slices]
-    groups = [{"params": g, "lr": r, "weight_decay": d} for g, (_, (r, d)) in zip(leaves, slices, strict=True)]
-    optimizer = torch.optim.AdamW(groups)
+    for _, part in parts:
+        for name in names:
+            part[name].requires_grad_()
+    update = _Optimizer(optimizer, [stacked[name] for name in names], learning_rate, weight_decay)
 
-    yield {name: tensor.detach() for name, tensor in stacked.items()}
+    yield stacked
     for _ in range(epochs):
         with _mode(module, training=True):
-            for batch in torch.randperm(len(labels), generator=generator).split(batch_size):
-                logits = _forward(module, stacked, images[batch], chunk_size=None)
-                loss = cross_entropy(logits, labels[batch]).sum()  # a sum: each network gets its own gradient, whole
-                gradients = torch.autograd.grad(loss, parameters)
-                for group, (rows, _) in zip(leaves, slices, strict=True):
-                    for leaf, gradient in zip(group, gradients, strict=True):
-                        leaf.grad = gradient[rows]
-                optimizer.step()
-        yield {name: tensor.detach() for name, tensor in stacked.items()}
+            for index in torch.randperm(count, generator=generator).split(batch_size):
+                rows = index if subsets is None else subsets[:, index]
+                gradients = []
+                for place, part in parts:
+                    x, y = _batch(images, labels, rows, place)
+                    loss = cross_entropy(_forward(module, part, x, None, rows.dim() == 2, way), y).sum()
+                    # a sum: each network gets its own gradient, whole
+                    gradients.append(
+                        torch.autograd.grad(
+                            loss, [part[name] for name in names], allow_unused=True, materialize_grads=True
+                        )
+                    )
+                update.step([torch.cat(found) for found in zip(*gradients, strict=True)])
+        yield stacked
+
+
+def trains_one_by_one(module: nn.Module, image: torch.Tensor, batch_size: int) -> bool:
+    """True if [`train_networks`] takes networks of this architecture one after another, because that is faster.
+
+    Args:
+        module (`nn.Module`): the architecture.
+        image (`torch.Tensor` of shape `(1, channels, height, width)`): one input.
+        batch_size (`int`): images in a step.
+    """
+    two = {name: tensor.detach().expand(2, *tensor.shape) for name, tensor in module.state_dict().items()}
+    return _fastest_way(module, _checked(module, two), image, batch_size).one_by_one
+
+
+class _Optimizer:
+    """AdamW, Adam or SGD with momentum, the same steps as `torch.optim`'s, with a learning rate and decay for each network."""
+
+    def __init__(
+        self,
+        kind: str,
+        parameters: list[torch.Tensor],
+        learning_rate: float | Sequence[float],
+        weight_decay: float | Sequence[float],
+    ):
+        if kind not in OPTIMIZERS:
+            raise ValueError(f"there is no optimizer {kind!r}, expected one of {', '.join(OPTIMIZERS)}.")
+        self.kind, self.parameters, self.steps = kind, parameters, 0
+        self.rates, self.decays = (
+            [torch.as_tensor(v, dtype=p.dtype).to(p.device).expand(len(p)).view(-1, *[1] * (p.dim() - 1)) for p in parameters]
+            for v in (learning_rate, weight_decay)
+        )  # fmt: skip
+        self.first = [torch.zeros_like(p) for p in parameters]
+        self.second = [torch.zeros_like(p) for p in parameters] if kind != "sgd" else self.first
+
+    @torch.no_grad()
+    def step(self, gradients: list[torch.Tensor]) -> None:
+        """Change the parameters in place."""
+        self.steps += 1
+        rest = [1 - beta**self.steps for beta in BETAS]  # the averages begin at zero; this makes up for it
+        for value, gradient, rate, decay, first, second in zip(
+            self.parameters, gradients, self.rates, self.decays, self.first, self.second, strict=True
+        ):
+            if self.kind == "adamw":
+                value.mul_(1 - rate * decay)
+            else:
+                gradient.add_(decay * value)
+            if self.kind == "sgd":
+                value.sub_(rate * first.mul_(MOMENTUM).add_(gradient))
+                continue
+            first.lerp_(gradient, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+            size = second.sqrt().div_(math.sqrt(rest[1])).add_(EPSILON)
+            value.sub_((rate / rest[0]) * first / size)
 
 
 def finetune_networks(
@@ -357,16 +441,87 @@ def condition_norms(
     return dict(tensors) | stacked
 
 
+class _Way(NamedTuple):
+    """How networks of one architecture run: at once with `vmap`, or one after another on images in a given memory format."""
+
+    one_by_one: bool = False
+    memory_format: torch.memory_format = torch.contiguous_format
+
+
+@torch.no_grad()
+def _fastest_way(module: nn.Module, stacked: Mapping[str, torch.Tensor], image: torch.Tensor, batch_size: int) -> _Way:
+    """Decided by the size of the convolutions, not by a measurement, so that it is the same on every machine."""
+    if image.device.type != "cpu":
+        return _Way()
+    sizes: list[int] = []
+    convolutions = [part for part in module.modules() if isinstance(part, nn.modules.conv._ConvNd)]
+    hooks = [part.register_forward_hook(lambda *call: sizes.append(call[2].numel())) for part in convolutions]
+    network = {name: tensor[0] for name, tensor in stacked.items()}
+    try:
+        with _mode(module, training=False):
+            _logits(module, network, image)
+            is_large = bool(sizes) and batch_size * sum(sizes) / len(sizes) > LARGE_CONVOLUTION
+            if not is_large:
+                return _Way(one_by_one=len(next(iter(stacked.values()))) == 1)
+            try:  # faster, but a `view` in a module may forbid it
+                _logits(module, network, _in_format(image, torch.channels_last))
+                return _Way(True, torch.channels_last)
+            except RuntimeError:
+                return _Way(True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_format(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    if memory_format is torch.contiguous_format or images.dim() != 4:
+        return images
+    # `contiguous` would leave grey images as they are: one channel stands last as well as first
+    return torch.empty_like(images, memory_format=memory_format).copy_(images)
+
+
+def _batch(
+    images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, networks: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of some networks: `index` is `(batch,)` for all, or `(networks, batch)` with rows for each."""
+    if index.dim() == 2:
+        index = index[networks]
+    if labels.dim() == 1:
+        return images[index], labels[index]
+    labels = labels[networks]
+    return images[index], labels[:, index] if index.dim() == 1 else labels.gather(1, index)
+
+
 def _forward(
-    module: nn.Module, stacked: Mapping[str, torch.Tensor], images: torch.Tensor, chunk_size: int | None
+    module: nn.Module,
+    stacked: Mapping[str, torch.Tensor],
+    images: torch.Tensor,
+    chunk_size: int | None,
+    own_images: bool = False,
+    way: _Way = _Way(),  # noqa: B008 (a tuple of constants)
 ) -> torch.Tensor:
-    """(networks, images, classes); running statistics among the stacked tensors are updated in place in training mode."""
+    """(networks, images, classes); running statistics among the stacked tensors are updated in place in training mode.
 
-    def logits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        output = functional_call(module, tensors, (images,))
-        return output if isinstance(output, torch.Tensor) else output.logits  # transformers return an object
+    With `own_images` each network has its own: `(networks, images, channels, height, width)`.
+    """
+    if way.one_by_one:
+        shared = None if own_images else _in_format(images, way.memory_format)
+        outputs = []
+        for i in range(len(next(iter(stacked.values())))):
+            x = _in_format(images[i], way.memory_format) if own_images else shared
+            outputs.append(_logits(module, {name: tensor[i] for name, tensor in stacked.items()}, x))
+        return torch.stack(outputs)
+    return vmap(
+        lambda tensors, x: _logits(module, tensors, x),
+        in_dims=(0, 0 if own_images else None),
+        randomness="different",
+        chunk_size=chunk_size,
+    )(dict(stacked), images)
 
-    return vmap(logits, randomness="different", chunk_size=chunk_size)(dict(stacked))
+
+def _logits(module: nn.Module, tensors: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    output = functional_call(module, tensors, (images,))
+    return output if isinstance(output, torch.Tensor) else output.logits  # transformers return an object
 
 
 def _with_buffers(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

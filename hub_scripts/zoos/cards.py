@@ -1,155 +1,213 @@
-"""Cards: of a zoo, made from its data, and of a model trained on one."""
+"""Card of a zoo, made from its data."""
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from hub_scripts.zoos.schema import PROPERTIES
-from hub_scripts.zoos.tasks import SPLITS
+import numpy as np
+import pyarrow as pa
+import yaml
+from datasets import Features
+
+from hub_scripts.zoos.schema import checksum, hparam_columns, is_missing, property_columns
 
 LARGEST_FOR_CATEGORY = 1_000_000
+MOST_SHOWN = 8
+BARS = " ▁▂▃▄▅▆▇█"
 
 
-def zoo_card(name: str, rows: Mapping[str, list[dict[str, Any]]], info: Mapping[str, Any]) -> str:
-    """README.md of a zoo.
+def zoo_card(
+    name: str,
+    tables: Mapping[str, pa.Table],
+    columns: Features,
+    info: Mapping[str, Any],
+    lineage: Mapping[str, Any] | None = None,
+) -> str:
+    """README.md of a zoo, made from its rows.
 
     Args:
         name (`str`): title.
-        rows (`Mapping[str, list[dict]]`): rows by split.
+        tables (`Mapping[str, pyarrow.Table]`): rows by split, without weights.
+        columns (`Features`): types of all columns.
         info (`Mapping`): what `zoo.json` holds.
+        lineage (`Mapping`, *optional*): what `lineage.json` holds.
     """
-    everything = [row for split in SPLITS for row in rows.get(split, ())]
-    files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in SPLITS if rows.get(split))
-    counts = "\n".join(
-        f"| {split} | {len({row['model_id'] for row in rows[split]})} | {len(rows[split])} |"
-        for split in SPLITS
-        if rows.get(split)
+    everything = pa.concat_tables(tables.values())
+    splits = "\n".join(
+        f"| {split} | {len(set(table['model_id'].to_pylist())):,} | {len(table):,} | {_megabytes(table)} | {_digest(split, info)} |"
+        for split, table in tables.items()
     )
-    ranges = "\n".join(
-        f"| `{prop}` | {min(values):.4g} | {sum(values) / len(values):.4g} | {max(values):.4g} |"
-        for prop in PROPERTIES
-        if (values := [row[prop] for row in everything if row.get(prop) is not None])
+    parts = [
+        _front_matter(name, tables, info),
+        f"# {name}",
+        "A model zoo: each row is one checkpoint of one network, its weights as safetensors bytes, its properties and "
+        "hyper-parameters as columns. Splits are by model: all checkpoints of a network stand in one split.",
+        "| split | models | checkpoints | weights | SHA-256 of its files |\n|---|---|---|---|---|\n" + splits,
+        _provenance(everything, info),
+        _table_of_numbers("property", property_columns(columns), everything),
+        _table_of_numbers("hyper-parameter", hparam_columns(columns), everything),
+        _alignment(everything),
+        _lineage(lineage),
+        _how_to_load(everything, info),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(name: str, tables: Mapping[str, pa.Table], info: Mapping[str, Any]) -> str:
+    """YAML that the Hub reads; `datasets` takes the files of each split from it."""
+    data = {
+        "pretty_name": name,
+        "library_name": "datasets",
+        "tags": ["model-zoo", "weight-space-learning", "sane"],
+        "size_categories": [_size_category(sum(len(table) for table in tables.values()))],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in tables],
+            }
+        ],
+    }
+    if info.get("license"):
+        data["license"] = info["license"]
+    if info.get("source_datasets"):
+        data["source_datasets"] = info["source_datasets"]
+    return f"---\n{yaml.safe_dump(data, sort_keys=False).strip()}\n---"
+
+
+def _provenance(everything: pa.Table, info: Mapping[str, Any]) -> str:
+    lines = []
+    if info.get("task"):
+        lines.append(f"* Task: `{info['task']}`; pixels standardised by mean {info['pixel_mean']:.4g} and standard deviation "
+                     f"{info['pixel_std']:.4g}.")  # fmt: skip
+    if info.get("imported_from"):
+        lines.append(f"* Imported from `{info['imported_from']}` (format `{info['import_format']}`).")
+    lines.append(f"* Licence: {info.get('license') or 'not given'}.")
+    kinds = Counter(
+        zip(*(everything[c].to_pylist() for c in ("architecture", "architecture_kwargs", "layout_id")), strict=True)
     )
-    architectures = "\n".join(
-        f"* `{architecture}` with `{kwargs}`: {count} checkpoints"
-        for (architecture, kwargs), count in Counter(
-            (row["architecture"], row["architecture_kwargs"]) for row in everything
-        ).items()
+    for (architecture, kwargs, layout_id), count in kinds.most_common(MOST_SHOWN):
+        what = (
+            f"`{architecture}`" + (f" with `{kwargs}`" if kwargs not in (None, "{}") else "")
+            if architecture
+            else "Unnamed"
+        )
+        lines.append(f"* {what}: {count:,} checkpoints, layout `{layout_id}`.")
+    if len(kinds) > MOST_SHOWN:
+        lines.append(f"* {len(kinds) - MOST_SHOWN} more architectures.")
+    return "\n".join(lines)
+
+
+def _table_of_numbers(title: str, names: list[str], everything: pa.Table) -> str:
+    """Range and histogram of each numeric column, the most frequent values of each other."""
+    lines = []
+    for name in names:
+        values = [value for value in everything[name].to_pylist() if not is_missing(value)]
+        if not values:
+            continue
+        missing = len(everything) - len(values)
+        if isinstance(values[0], str | bool):
+            common = Counter(values).most_common(MOST_SHOWN)
+            lines.append(
+                f"| `{name}` | {missing} | | | | {', '.join(f'{value} ({count})' for value, count in common)} |"
+            )
+        else:
+            low, mean, high = min(values), sum(values) / len(values), max(values)
+            lines.append(f"| `{name}` | {missing} | {low:.4g} | {mean:.4g} | {high:.4g} | {_histogram(values)} |")
+    if not lines:
+        return ""
+    return f"| {title} | missing | lowest | mean | highest | distribution |\n|---|---|---|---|---|---|\n" + "\n".join(
+        lines
     )
-    hparams = sorted({key for row in everything for key in row if key.startswith("hparams_")})
-    before = [row["alignment_distance_before"] for row in everything]
-    after = [row["alignment_distance_after"] for row in everything]
-    return f"""---
-pretty_name: {name}
-library_name: datasets
-tags:
-- model-zoo
-- weight-space-learning
-- sane
-size_categories:
-- {_size_category(len(everything))}
-configs:
-- config_name: default
-  data_files:
-{files}
----
 
-# {name}
 
-A model zoo: each row is one checkpoint of one network, its weights as safetensors bytes, its properties and
-hyper-parameters as columns. Splits are by model: all checkpoints of a network stand in one split.
+def _histogram(values: list[float]) -> str:
+    """Counts in equal bins from the lowest to the highest value, as a row of bars."""
+    finite = np.asarray(values, float)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite) or finite.min() == finite.max():
+        return ""
+    counts, _ = np.histogram(finite, bins=16)
+    heights = np.ceil(counts / counts.max() * (len(BARS) - 1)).astype(int)
+    return "".join(BARS[height] for height in heights)
 
-| split | models | checkpoints |
-|---|---|---|
-{counts}
 
-Task: `{info["task"]}`. Architectures:
+def _alignment(everything: pa.Table) -> str:
+    references = sorted({r for r in everything["alignment_reference"].to_pylist() if r is not None})
+    if not references:
+        return "The networks are not aligned: their neurons stand in the order of training."
+    before, after = (
+        np.mean([v for v in everything[f"alignment_distance_{when}"].to_pylist() if v is not None])
+        for when in ("before", "after")
+    )
+    return (
+        f"The networks are aligned by weight matching to {', '.join(f'`{r}`' for r in references[:MOST_SHOWN])}, of the train "
+        f"split: mean distance {before:.2f} before, {after:.2f} after. `alignment_permutations` holds what was done, so that the "
+        "original order of the neurons can be restored."
+    )
 
-{architectures}
 
-| property | lowest | mean | highest |
-|---|---|---|---|
-{ranges}
+def _lineage(lineage: Mapping[str, Any] | None) -> str:
+    """What networks have to do with one another, as their weights say."""
+    if not lineage:
+        return ""
+    lines = [
+        "## Lineage",
+        f"Cosine similarity of the weights, last checkpoint of each of {lineage['num_models']:,} networks, before alignment. "
+        f"{lineage['share_of_near_pairs']:.1%} of all pairs of one layout are nearly equal (above {lineage['near']}): such networks "
+        "were fine-tuned from one another or from a common parent.",
+        f"* {lineage['num_duplicates']:,} checkpoints are exact copies of another one.",
+        f"* {lineage['num_families']:,} families of nearly equal networks hold {lineage['num_related']:,} networks"
+        + (":" if lineage["families"] else "."),
+    ]
+    for family in lineage["families"][:MOST_SHOWN]:
+        names = ", ".join(f"`{name}`" for name in family["members"][:MOST_SHOWN])
+        more = f" and {family['size'] - MOST_SHOWN} more" if family["size"] > MOST_SHOWN else ""
+        lines.append(f"  * {family['size']} networks: {names}{more}")
+    if lineage["num_leaks"]:
+        lines.append(
+            f"* {lineage['num_leaks']} networks of the validation and test splits have a nearly equal one in the train split: "
+            "scores on those measure memory, not generalisation."
+        )
+    cosines = [cosine for *_, cosine in lineage["nearest"]]
+    if cosines:
+        lines.append(
+            f"* Similarity to the nearest other network: from {min(cosines):.2f} to {max(cosines):.2f} {_histogram(cosines)}"
+        )
+    return lines[0] + "\n\n" + lines[1] + "\n\n" + "\n".join(lines[2:])
 
-Hyper-parameter columns: {", ".join(f"`{key}`" for key in hparams) or "none"}.
 
-All networks are aligned by weight matching to `{info["alignment_reference"]}`, a network of the train split: mean distance
-{sum(before) / len(before):.2f} before, {sum(after) / len(after):.2f} after. `alignment_permutations` holds what was done, so that the
-original order of the neurons can be restored.
+def _how_to_load(everything: pa.Table, info: Mapping[str, Any]) -> str:
+    in_files = everything["weights_file"].null_count < len(everything)
+    read = (
+        'path = hf_hub_download(repo, row["weights_file"], repo_type="dataset")\nstate_dict = safetensors.torch.load_file(path)'
+        if in_files
+        else 'state_dict = safetensors.torch.load(row["weights"])'
+    )
+    imports = "from huggingface_hub import hf_hub_download\n" if in_files else ""
+    return f"""## How to load
 
 ```python
 import safetensors.torch
 from datasets import load_dataset
-
-zoo = load_dataset("path or repo of this zoo", split="test")
-state_dict = safetensors.torch.load(zoo[0]["weights"])
-```
-"""
-
-
-def model_card(zoo: Any, results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """README.md of a SANE model.
-
-    Args:
-        zoo ([`Zoo`]): what it was trained on.
-        results (`Mapping`): what training measured: `steps`, `seconds`, `compression`, `validation`.
-        settings (`Mapping`): the arguments of training.
-    """
-    scores = results["validation"]
-    metrics = "\n".join(
-        f"    - type: {kind}\n      value: {scores[key]:.4f}\n      name: {text}"
-        for key, kind, text in (
-            ("r2", "r_squared", "R2 of reconstructed weights"),
-            ("accuracy_decoded", "accuracy", "accuracy of decoded networks"),
-        )
-    )
-    rows = "\n".join(f"| `{key}` | {value} |" for key, value in settings.items() if key not in ("output_dir", "zoo"))
-    name = zoo.folder.name if zoo.folder.is_dir() and zoo.name == str(zoo.folder) else zoo.name
-    return f"""---
-library_name: transformers
-tags:
-- sane
-- weight-space-learning
-- model-zoo
-model-index:
-- name: SANE on {name}
-  results:
-  - task:
-      type: feature-extraction
-      name: embedding and reconstruction of network weights
-    dataset:
-      type: {name}
-      name: {name}
-      split: validation
-    metrics:
-{metrics}
----
-
-# SANE on {name}
-
-A sequential autoencoder for neural embeddings (SANE): it reads the weights of a neural network as a sequence of tokens and gives
-one latent vector a token; the decoder turns latents into working weights. Trained on {zoo.num_models} networks
-({len(zoo.rows("train"))} checkpoints in the train split) of the task `{zoo.info["task"]}`.
-
-```python
-from transformers import AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained("path or repo", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path or repo", trust_remote_code=True)
-batch = tokenizer(state_dict)  # of a network of the same architecture
-latents = model.encode_sequence(batch["token_values"], batch["position_ids"], layer_kind_ids=batch["layer_kind_ids"])
+{imports}
+repo = "namespace/name of this zoo, or its folder"
+row = load_dataset(repo, split="{next(iter(info["files"])).split("/")[1].split("-")[0]}", streaming=True).take(1)
+row = next(iter(row))
+{read}
 ```
 
-Measured on networks of the validation split: R² of the weights {scores["r2"]:.3f} at {results["compression"]:.2f} weight values a latent
-value; decoded networks reach accuracy {scores["accuracy_decoded"]:.3f}, the originals {scores["accuracy_original"]:.3f}.
-Trained for {results["steps"]} steps in {results["seconds"]:.0f} s on {results["num_processes"]} process(es), seed {results["seed"]}.
+`layouts/` says what stands where in the weights, `symmetries/` (where it is known) which permutations, signs and scales leave
+the networks' functions unchanged. Train on it: `accelerate launch hub_scripts/train.py --zoo <repo> --output-dir <folder>`."""
 
-It knows networks like those of its zoo; others can be tokenised, but what the model makes of them was not measured.
 
-| setting | value |
-|---|---|
-{rows}
-"""
+def _megabytes(table: pa.Table) -> str:
+    return f"{sum(table['weights_size'].to_pylist()) / 1e6:,.1f} MB"
+
+
+def _digest(split: str, info: Mapping[str, Any]) -> str:
+    """One checksum of a split: of the checksums of its files, in order."""
+    digests = [found["sha256"] for name, found in info["files"].items() if name.startswith(f"data/{split}-")]
+    return f"`{checksum(''.join(digests).encode())[:16]}…`"
 
 
 def _size_category(rows: int) -> str:

@@ -1,10 +1,22 @@
 """Tasks: images and labels that the networks of a zoo are trained and judged on."""
 
+import gzip
+import math
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 SPLITS = ("train", "validation", "test")
+KNOWN = (
+    "digits, idx:DIR (a folder of IDX files, as MNIST comes), dataset:NAME (images with labels that "
+    "datasets.load_dataset reads; dataset:NAME@CONFIG)"
+)
+HELD_OUT = 10_000  # images of the validation split where a task comes without one; a sixth of smaller sets
 
 
 @dataclass(frozen=True)
@@ -33,14 +45,28 @@ def load_task(name: str) -> Task:
     """Load a task by name.
 
     Args:
-        name (`str`): `"digits"`, the 1,797 images of 8 by 8 pixels that scikit-learn carries.
+        name (`str`): one of
+
+            * `"digits"`, the 1,797 images of 8 by 8 pixels that scikit-learn carries;
+            * `"idx:DIR"`, a folder of IDX files, gzipped or not, with the names of MNIST and Fashion-MNIST;
+            * `"dataset:NAME"` or `"dataset:NAME@CONFIG"`, what `datasets.load_dataset` reads as a column of images, all of one size,
+              and a column of labels.
+
+            Where the last two have no validation split, it is taken from the training images: always the same 10,000, or a
+            sixth where there are fewer than 60,000. Mean and standard deviation are those of the training images that
+            remain.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If there is no such task, or its files are missing, damaged or of another kind.
     """
+    kind, _, source = name.partition(":")
     if name == "digits":
         return _digits()
-    raise ValueError(f"there is no task {name!r}; known tasks: digits.")
+    if kind == "idx" and source:
+        return _idx(name, Path(source))
+    if kind == "dataset" and source:
+        return _dataset(name, source)
+    raise ValueError(f"there is no task {name!r}; known tasks: {KNOWN}.")
 
 
 def _digits() -> Task:
@@ -51,19 +77,173 @@ def _digits() -> Task:
     labels = torch.tensor(data.target)
     # the split is a part of the task: another one would make accuracies of two zoos incomparable
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return _make_task("digits", dict(zip(SPLITS, order.split([797, 300, 700]), strict=True)), images, labels, 10)
-
-
-def _make_task(
-    name: str, rows: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor, num_classes: int
-) -> Task:
+    rows = dict(zip(SPLITS, order.split([797, 300, 700]), strict=True))
     mean, std = float(images[rows["train"]].mean()), float(images[rows["train"]].std())
     standardised = (images - mean) / std
     return Task(
-        name,
+        "digits",
         {split: standardised[index] for split, index in rows.items()},
         {split: labels[index] for split, index in rows.items()},
-        num_classes,
+        10,
         mean,
         std,
     )
+
+
+def _make_task(
+    name: str, images: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], num_classes: int | None = None
+) -> Task:
+    """A task from images `(images, channels, height, width)` uint8 and labels of its splits, of which validation may be missing."""
+    images = dict(images)
+    labels = {split: torch.from_numpy(found.astype(np.int64)) for split, found in labels.items()}
+    if "validation" not in images:
+        count = len(labels["train"])
+        # the split is a part of the task, as for digits
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        rows = order.split([count - max(1, min(HELD_OUT, count // 6)), max(1, min(HELD_OUT, count // 6))])
+        for values in (images, labels):
+            values["train"], values["validation"] = (values["train"][index] for index in rows)
+    for split, found in labels.items():
+        if len(found) == 0 or found.min() < 0:
+            raise ValueError(
+                f"{name} has {'images without a label' if len(found) else 'no images'} in its {split} split."
+            )
+    mean, std = _pixel_statistics(images["train"])
+    if std == 0:
+        raise ValueError(f"{name} has training images of one grey value only, there is nothing to learn.")
+    return Task(
+        name,
+        {split: torch.tensor(images[split], dtype=torch.float32).div_(255).sub_(mean).div_(std) for split in SPLITS},
+        {split: labels[split] for split in SPLITS},
+        num_classes or 1 + max(int(found.max()) for found in labels.values()),
+        mean,
+        std,
+    )
+
+
+def _pixel_statistics(images: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of bytes over 255: from counts, so that they are the same digits with any number of threads."""
+    counts = np.bincount(images.ravel(), minlength=256)
+    values = np.arange(256) / 255
+    mean = float(counts @ values) / images.size
+    return mean, math.sqrt(float(counts @ (values - mean) ** 2) / max(1, images.size - 1))
+
+
+# --- IDX files
+
+
+def _idx(name: str, folder: Path) -> Task:
+    if not folder.is_dir():
+        raise ValueError(f"{name}: there is no folder {folder}.")
+    images, labels = {}, {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        files = [_find(folder, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+        images[split], labels[split] = _read_idx(files[0], 3)[:, None], _read_idx(files[1], 1)
+        if len(images[split]) != len(labels[split]):
+            raise ValueError(
+                f"{files[0]} holds {len(images[split])} images and {files[1]} holds {len(labels[split])} labels; "
+                "they do not belong together, get both again."
+            )
+    sizes = {split: "x".join(map(str, found.shape[2:])) for split, found in images.items()}
+    if sizes["train"] != sizes["test"]:
+        raise ValueError(
+            f"{folder} has training images of {sizes['train']} pixels and test images of {sizes['test']}; "
+            "these files do not belong together."
+        )
+    return _make_task(name, images, labels)
+
+
+def _find(folder: Path, name: str) -> Path:
+    for file in (folder / name, folder / f"{name}.gz"):
+        if file.is_file():
+            return file
+    raise ValueError(f"{folder} has neither {name} nor {name}.gz.")
+
+
+def _read_idx(file: Path, dimensions: int) -> np.ndarray:
+    """Bytes of an IDX file: two zeros, 8 for bytes, the number of dimensions, their lengths as big-endian int32, the values."""
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} is damaged: {error}. Get it again.") from error
+    magic, start = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
+    if content[:4] != magic or len(content) < start:
+        raise ValueError(
+            f"{file} is no IDX file of {'images' if dimensions == 3 else 'labels'}: it begins with {content[:4].hex() or 'nothing'}, "
+            f"expected {magic.hex()}."
+        )
+    shape = np.frombuffer(content[4:start], ">i4")
+    if len(content) - start != math.prod(shape.tolist()):
+        raise ValueError(
+            f"{file} is damaged: it holds {len(content) - start} values, its first bytes say "
+            f"{' x '.join(map(str, shape))}. Get it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+# --- datasets
+
+
+def _dataset(name: str, source: str) -> Task:
+    from datasets import load_dataset  # slow to import, and only these tasks need it
+    from datasets.exceptions import DatasetsError
+
+    path, _, config = source.partition("@")
+    try:
+        found = load_dataset(path, config or None)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"{name}: datasets.load_dataset cannot read it: {str(error).splitlines()[0]}") from error
+    missing = [split for split in ("train", "test") if split not in found]
+    if missing:
+        raise ValueError(f"{name} has no {missing[0]} split; its splits are {', '.join(found)}.")
+    image_column, label_column = _columns(name, found["train"].features)
+    images, labels = {}, {}
+    for split in [split for split in SPLITS if split in found]:
+        images[split] = _decode(name, found[split][image_column])
+        labels[split] = np.asarray(found[split].with_format("numpy")[label_column][:])
+    channels = {split: values.shape[1] for split, values in images.items()}
+    if len(set(channels.values())) > 1:  # grey images in one split, as colours
+        images = {split: np.broadcast_to(v, (len(v), 3, *v.shape[2:])).copy() for split, v in images.items()}
+    sizes = sorted({values.shape[2:] for values in images.values()})
+    if len(sizes) > 1:
+        raise _different_sizes(name, *sizes[:2])
+    return _make_task(name, images, labels, getattr(found["train"].features[label_column], "num_classes", None))
+
+
+def _columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
+    """The columns of images and of labels."""
+    from datasets import ClassLabel, Image, Value
+
+    images = [column for column, kind in features.items() if isinstance(kind, Image)]
+    classes = [column for column, kind in features.items() if isinstance(kind, ClassLabel)]
+    integers = [column for column, kind in features.items() if isinstance(kind, Value) and "int" in kind.dtype]
+    named = [column for column in classes + integers if column in ("label", "labels")]
+    labels = (named or classes or integers)[:1]
+    if not images or not labels or (not named and not classes and len(integers) > 1):
+        raise ValueError(
+            f"{name} is no image classification task: it needs a column of images and one of labels (a ClassLabel, or whole "
+            f"numbers called label), and has {', '.join(f'{column} ({type(kind).__name__})' for column, kind in features.items())}."
+        )
+    return images[0], labels[0]
+
+
+def _decode(name: str, images: Iterable[Any]) -> np.ndarray:
+    """Pictures as `(images, channels, height, width)` uint8: one channel if all are grey, else red, green and blue."""
+    arrays = []
+    for image in images:
+        if image.mode[0] in "IF":
+            raise ValueError(
+                f"{name} has images of mode {image.mode}, expected 8 bits a channel; convert them to L or RGB."
+            )
+        arrays.append(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
+        if arrays[-1].shape[:2] != arrays[0].shape[:2]:
+            raise _different_sizes(name, arrays[0].shape[:2], arrays[-1].shape[:2])
+    if any(array.ndim == 3 for array in arrays):
+        arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=-1) for array in arrays]
+        return np.ascontiguousarray(np.stack(arrays).transpose(0, 3, 1, 2))
+    return np.stack(arrays)[:, None]
+
+
+def _different_sizes(name: str, one: tuple[int, ...], other: tuple[int, ...]) -> ValueError:
+    first, second = ("x".join(map(str, size)) for size in (one, other))
+    return ValueError(f"{name} has images of {first} and of {second} pixels; bring them to one size first.")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from hub_scripts.zoos.token_cache import TokenCache
 from tokenization_sane import CheckpointLayout, SymmetrySpec
 from tokenization_sane.layout_sane import LayerLayout
 from tokenization_sane.symmetry_sane import SymmetryGroup, SymmetryItem
@@ -89,9 +90,9 @@ class SymmetryGather:
                             view *= column_factor
         return source, factors
 
-    def spread(self, values: Mapping[str, float], start: int, stop: int) -> np.ndarray:
-        """One value a tensor, laid out as tokens `start:stop`: float32 `(stop - start, token_size)`, 0 on padding."""
-        spread = np.zeros((stop - start, self.token_size), np.float32)
+    def spread(self, values: Mapping[str, float], start: int, stop: int, padding: float = 0.0) -> np.ndarray:
+        """One value a tensor, laid out as tokens `start:stop`: float32 `(stop - start, token_size)`."""
+        spread = np.full((stop - start, self.token_size), padding, np.float32)
         for layer, first, end in self._inside(start, stop):
             for part in layer.parts(first, end, (layer.first_token + first - start) * self.token_size):
                 for name, first_column, end_column in layer.tensors:
@@ -392,44 +393,43 @@ class WindowDataset(Dataset):
     """Windows of a split's token sequences; made for a sampler that gives [`Sample`]s.
 
     Args:
-        tokens (`np.ndarray` of shape `(checkpoints, tokens, token_size)`): normalised tokens, for instance memory-mapped.
-        layout ([`CheckpointLayout`]): their layout.
+        cache ([`TokenCache`]): raw tokens of the checkpoints.
+        statistics (`Mapping[str, tuple[float, float]]`): mean and standard deviation of each tensor, which normalise a window
+            when it is cut out: a sign or a scale belongs to a weight, not to its normalised value.
         window_size (`int`): tokens in a window; a shorter network is padded.
         spec ([`SymmetrySpec`], *optional*): symmetries for the second view; without, it differs by its noise alone.
         noise (`float`): standard deviation of the multiplicative Gaussian noise on both views; 0 for none.
         seed (`int`): of windows, permutations, signs and noise.
-        statistics (`Mapping[str, tuple[float, float]]`, *optional*): mean and standard deviation by which each tensor was
-            normalised; without, the tokens count as weights as they are. A sign belongs to a weight, not to its
-            normalised value.
         kinds (`Iterable[str]`): kinds of symmetries in the second view, see [`SymmetryGather`].
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
-        layout: CheckpointLayout,
+        cache: TokenCache,
+        statistics: Mapping[str, tuple[float, float]],
         window_size: int,
         spec: SymmetrySpec | None = None,
         noise: float = 0.0,
         seed: int = 0,
-        statistics: Mapping[str, tuple[float, float]] | None = None,
         kinds: Iterable[str] = ("permutation", "sign"),
     ):
-        self.layout, self.window_size, self.noise, self.seed = layout, window_size, noise, seed
+        self.cache, self.window_size, self.noise, self.seed = cache, window_size, noise, seed
+        layout = cache.layout
         self.num_tokens = layout.num_tokens
-        self.gather = SymmetryGather(layout, spec, kinds) if spec is not None else None
-        self._offsets = {name: mean / std for name, (mean, std) in statistics.items()} if statistics else None
-        # a plain view of the file: every slice of a np.memmap makes a new one, which takes microseconds
-        self.flat_tokens = np.asarray(tokens).reshape(len(tokens), -1)
+        self.is_moved = spec is not None
+        self.gather = SymmetryGather(layout, spec or SymmetrySpec(()), kinds)
+        self._means, self._stds = ({name: pair[place] for name, pair in statistics.items()} for place in (0, 1))
+        self._whole = self._scale(0, self.num_tokens) if window_size >= self.num_tokens else None
+        # copies: a tensor that goes to a worker moves into shared memory, and an array that looks at it is left behind
         self._static = {
-            "position_ids": layout.position_ids.numpy(),
-            "value_mask": layout.value_mask.numpy(),
-            "layer_kind_ids": layout.layer_kind_ids.numpy(),
+            "position_ids": layout.position_ids.numpy().copy(),
+            "value_mask": layout.value_mask.numpy().copy(),
+            "layer_kind_ids": layout.layer_kind_ids.numpy().copy(),
             "attention_mask": np.ones(layout.num_tokens, bool),
         }
 
     def __len__(self) -> int:
-        return len(self.flat_tokens)
+        return len(self.cache)
 
     def __getitem__(self, sample: Sample) -> dict[str, np.ndarray]:
         """Both views of a window, `token_values` and `second_token_values`, with their clean targets and masks."""
@@ -438,27 +438,26 @@ class WindowDataset(Dataset):
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, epoch, row]))
         size = min(self.window_size, self.num_tokens)
         start = int(rng.integers(0, self.num_tokens - size + 1))
-        window = slice(start, start + size)
-        item = {name: values[window] for name, values in self._static.items()}
-        width = self.layout.token_size
-        clean = self.flat_tokens[row, start * width : (start + size) * width].reshape(size, width).copy()
-        second = clean if self.gather is None else self._moved(row, start, start + size, rng, item["value_mask"])
+        stop = start + size
+        item = {name: values[start:stop] for name, values in self._static.items()}
+        mean, std = self._whole or self._scale(start, stop)
+        clean = (self.cache.window(row, start, stop) - mean) / std
+        second = (self._moved(row, start, stop, rng, item["value_mask"]) - mean) / std if self.is_moved else clean
         item |= {"labels": clean, "second_labels": second}
         item |= {"token_values": self._noisy(clean, rng), "second_token_values": self._noisy(second, rng)}
         if size < self.window_size:
             item = {name: _padded(values, self.window_size) for name, values in item.items()}
         return item | {"row": np.int64(row)}
 
+    def _scale(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each value of tokens `start:stop`; 0 and 1 on padding."""
+        return self.gather.spread(self._means, start, stop), self.gather.spread(self._stds, start, stop, padding=1.0)
+
     def _moved(self, row: int, start: int, stop: int, rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-        """Tokens `start:stop` of a row after a random symmetry."""
+        """Raw tokens `start:stop` of a row after a random symmetry."""
         source, factors = self.gather.draw(start, stop, rng)
-        values = np.where(mask, self.flat_tokens[row].take(source), np.float32(0))
-        if factors is None:
-            return values
-        moved = factors * values
-        if self._offsets:  # factor * (value * std + mean), normalised again; exactly the value where the factor is 1
-            moved += (factors - 1) * self.gather.spread(self._offsets, start, stop)
-        return moved
+        values = np.where(mask, self.cache.take(row, source), np.float32(0))
+        return values if factors is None else values * factors
 
     def _noisy(self, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if not self.noise:

@@ -2,120 +2,123 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset, load_dataset
-from huggingface_hub import snapshot_download
+from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 
-from hub_scripts.arguments import require_source
 from hub_scripts.evaluation.functional import build_module
-from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, weights_from_row
+from hub_scripts.zoos.row_files import RowFiles
+from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, checksum, weights_from_bytes
+from hub_scripts.zoos.source import data_files, open_source
 from hub_scripts.zoos.tasks import SPLITS, Task, load_task
-from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, check_finite
+from tokenization_sane import CheckpointLayout, SymmetrySpec, check_finite
 
 logger = logging.getLogger(__name__)
 
 
 class Zoo:
-    """A zoo of one layout, read from a folder or from a dataset repository on the Hub.
+    """A zoo, read from a folder or from a dataset repository on the Hub.
+
+    Opening reads properties, not weights: those are read where they are asked for.
 
     Args:
         source (`str` or `Path`): folder, or repository id.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         on_error (`str`): `"refuse"` stops at the first row whose weights are damaged, not finite or do not fit the layout, when
             it is read; `"skip"` looks through all rows at once, leaves those out and says which.
+        layout_id (`str`, *optional*): only checkpoints of this layout.
 
     Raises:
         ValueError: If there is no zoo, or it is empty, damaged, or lets a model stand in two splits.
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None, on_error: str = "refuse"):
+    def __init__(
+        self,
+        source: str | Path,
+        revision: str | None = None,
+        on_error: str = "refuse",
+        layout_id: str | None = None,
+    ):
         self.name = str(source)
-        require_source(source, "the zoo")
-        if Path(source).is_dir():
-            self.folder = Path(source)
-        else:
-            side_files = [ZOO_FILE, "layouts/*", "symmetries/*"]
-            try:
-                path = snapshot_download(
-                    str(source), repo_type="dataset", revision=revision, allow_patterns=side_files
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{source} is neither a folder nor a dataset repository that can be read: {error}"
-                ) from error
-            self.folder = Path(path)
-        if not (self.folder / ZOO_FILE).is_file():
+        self.source = open_source(source, revision)
+        if ZOO_FILE not in self.source.sizes:
             raise ValueError(
-                f"{source} is no zoo: it has no {ZOO_FILE}. Build one with `sane build-zoo --output-dir DIR`."
+                f"{source} is no zoo: it has no {ZOO_FILE}. Build one with `sane build-zoo --output-dir DIR`, or make one of "
+                "checkpoints with `sane import-zoo`."
             )
-        self.info = json.loads((self.folder / ZOO_FILE).read_text(encoding="utf-8"))
+        self.folder = self.source.folder
+        self.info = json.loads(self.source.side_file(ZOO_FILE).read_text(encoding="utf-8"))
         if self.info.get("format") != ZOO_FORMAT:
             raise ValueError(f"{source} has zoo format {self.info.get('format')!r}, this version reads {ZOO_FORMAT}.")
-        self.splits: dict[str, Dataset] = dict(self._load(Path(source).is_dir(), revision))
-        if on_error == "skip":
-            self.splits = {split: self._without_bad_rows(split, rows) for split, rows in self.splits.items()}
+        self.files: dict[str, RowFiles] = {}
+        self.splits: dict[str, Dataset] = {}  # all columns but the weights
+        self.row_numbers: dict[str, np.ndarray] = {}  # of each row of a split, in its files
+        for split in SPLITS:
+            names = data_files(self.source.sizes, split)
+            if names:
+                self.files[split] = RowFiles(names, self.source.stream, self.source.fetch)
+                self._select(split, self._table(split), np.arange(len(self.files[split])))
         self._check()
+        if layout_id is not None:
+            self._keep({split: np.asarray(rows["layout_id"]) == layout_id for split, rows in self.splits.items()})
+            if not len(self):
+                raise ValueError(f"{self.name} has no checkpoint of the layout {layout_id!r}.")
+        if on_error == "skip":
+            self._keep({split: self._good_rows(split) for split in self.splits})
+            self._check()
 
-    def _load(self, is_local: bool, revision: str | None) -> Mapping[str, Dataset]:
-        if not is_local:
-            return load_dataset(self.name, revision=revision)
-        # for a folder, load_dataset(folder) would give what another folder of the same name held, out of its cache; files that
-        # are named one by one are told apart by path and time
-        files = {split: sorted(map(str, (self.folder / "data").glob(f"{split}-*.parquet"))) for split in SPLITS}
-        files = {split: names for split, names in files.items() if names}
-        if not files:
-            raise ValueError(f"{self.name} has no rows; build or import some models first.")
-        return load_dataset("parquet", data_files=files)
+    def _table(self, split: str) -> pa.Table:
+        try:
+            return self.files[split].table()
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
-    def _without_bad_rows(self, split: str, rows: Dataset) -> Dataset:
-        good = []
-        for index, row in enumerate(rows):
+    def _select(self, split: str, table: pa.Table, numbers: np.ndarray) -> None:
+        self.splits[split], self.row_numbers[split] = Dataset(table), numbers
+
+    def _keep(self, masks: Mapping[str, np.ndarray]) -> None:
+        for split, mask in masks.items():
+            if not mask.all():
+                self._select(
+                    split, self.splits[split].data.table.filter(pa.array(mask)), self.row_numbers[split][mask]
+                )
+
+    def _good_rows(self, split: str) -> np.ndarray:
+        good = np.zeros(len(self.splits[split]), bool)
+        for index in range(len(good)):
             try:
-                self._weights(split, row)
-                good.append(index)
+                self.state_dict(split, index)
+                good[index] = True
             except ValueError as error:
                 logger.warning("skipped: %s", error)
-        return rows if len(good) == len(rows) else rows.select(good)
-
-    def _weights(self, split: str, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The weights of a row, if they are whole, finite and fit the layout."""
-        state_dict = weights_from_row(row)
-        try:
-            check_finite(state_dict)
-            layout = self._read_layout(row["layout_id"])
-            for name, tensor in layout.tensors.items():
-                if name not in state_dict or tuple(state_dict[name].shape) != tensor.shape:
-                    found = tuple(state_dict[name].shape) if name in state_dict else "nothing"
-                    raise ValueError(f"{name} has shape {found}, the zoo's layout expects {tensor.shape}.")
-        except ValueError as error:
-            raise ValueError(f"{self.name}, {split} row {row['model_id']!r} epoch {row['epoch']}: {error}") from error
-        return state_dict
+        return good
 
     def _check(self) -> None:
-        if not sum(len(rows) for rows in self.splits.values()):
+        if not len(self):
             raise ValueError(f"{self.name} has no rows; build or import some models first.")
         owner: dict[str, str] = {}
         for split, rows in self.splits.items():
-            for model_id in set(rows["model_id"]):
+            models, epochs = rows["model_id"][:], rows["epoch"][:]
+            for model_id in set(models):
                 if owner.setdefault(model_id, split) != split:
                     raise ValueError(
                         f"{self.name}: model {model_id!r} stands in the splits {owner[model_id]} and {split}; "
                         "a model must stand in one split with all its checkpoints."
                     )
-        ids = {layout_id for rows in self.splits.values() for layout_id in set(rows["layout_id"])}
-        if len(ids) != 1:
-            raise ValueError(
-                f"{self.name} holds {len(ids)} layouts, expected one; split it into zoos of one layout each."
-            )
-        (self.layout_id,) = ids
+            seen: dict[tuple[str, int], int] = {}
+            for row, key in enumerate(zip(models, epochs, strict=True)):
+                if seen.setdefault(key, row) != row:
+                    raise ValueError(
+                        f"{self.name}: model {key[0]!r} has epoch {key[1]} twice, in the rows {seen[key]} and {row} of the "
+                        f"{split} split; a model and its epoch name one row."
+                    )
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.splits.values())
@@ -126,7 +129,7 @@ class Zoo:
         return sum(len(set(rows["model_id"])) for rows in self.splits.values())
 
     def rows(self, split: str) -> Dataset:
-        """The rows of a split; an empty or missing split is refused."""
+        """The rows of a split, without weights; an empty or missing split is refused."""
         if split not in self.splits or not len(self.splits[split]):
             raise ValueError(f"{self.name} has no models in its {split} split; it has {', '.join(self.splits)}.")
         return self.splits[split]
@@ -136,93 +139,132 @@ class Zoo:
         return np.asarray(self.rows(split)[name])
 
     @cached_property
+    def layout_ids(self) -> list[str]:
+        """The layouts that rows have, in the order of their names."""
+        return sorted({layout_id for rows in self.splits.values() for layout_id in set(rows["layout_id"])})
+
+    @property
+    def layout_id(self) -> str:
+        """The layout of all rows; a zoo of several is refused."""
+        if len(self.layout_ids) != 1:
+            raise ValueError(
+                f"{self.name} holds {len(self.layout_ids)} layouts, this needs one; choose one with layout_id: "
+                f"{', '.join(self.layout_ids)}."
+            )
+        return self.layout_ids[0]
+
+    @property
     def layout(self) -> CheckpointLayout:
         """What stands where in the zoo's checkpoints, at the layout's own token size; see `CheckpointLayout.repack`."""
-        return self._read_layout(self.layout_id)
+        return self.read_layout(self.layout_id)
 
     @cached_property
     def symmetries(self) -> SymmetrySpec:
         """The symmetries that were found for the zoo's architecture."""
         return SymmetrySpec.from_json(self._side_file("symmetries", self.layout_id))
 
+    @property
+    def has_symmetries(self) -> bool:
+        """True if the zoo says which symmetries its networks have."""
+        return f"symmetries/{self.layout_id}.json" in self.source.sizes
+
+    @property
+    def can_run(self) -> bool:
+        """True if the zoo says how its networks are built and what they were trained on."""
+        rows = next(rows for rows in self.splits.values() if len(rows))
+        return bool(self.info.get("task")) and rows[0]["architecture"] is not None
+
     @lru_cache  # noqa: B019 (a zoo lives as long as its process)
-    def _read_layout(self, layout_id: str) -> CheckpointLayout:
+    def read_layout(self, layout_id: str) -> CheckpointLayout:
+        """One of the zoo's layouts."""
         return CheckpointLayout.from_json(self._side_file("layouts", layout_id))
 
     def _side_file(self, kind: str, layout_id: str) -> str:
-        path = self.folder / kind / f"{layout_id}.json"
+        path = self.source.side_file(f"{kind}/{layout_id}.json")
         if not path.is_file():
-            raise ValueError(
-                f"{self.name} has no {kind}/{layout_id}.json, which its rows name; build or import the zoo again."
-            )
+            what = "which its rows name" if kind == "layouts" else "its architecture was not given when it was made"
+            raise ValueError(f"{self.name} has no {kind}/{layout_id}.json, {what}; build or import the zoo again.")
         return path.read_text(encoding="utf-8")
 
     @cached_property
     def task(self) -> Task:
         """The task that the zoo's networks were trained on."""
+        if not self.info.get("task"):
+            raise ValueError(
+                f"{self.name} does not say which task its networks were trained on; import it with --task, or leave out "
+                "what needs the networks to be run."
+            )
         return load_task(self.info["task"])
 
     @cached_property
     def module(self) -> nn.Module:
         """The zoo's architecture, in eval mode; its weights have no meaning."""
-        row = next(iter(self.splits.values()))[0]
-        return build_module(row["architecture"], json.loads(row["architecture_kwargs"])).eval()
+        self.layout_id  # noqa: B018 (refuses several)
+        row = next(rows[0] for rows in self.splits.values() if len(rows))
+        if row["architecture"] is None:
+            raise ValueError(f"{self.name} does not name its architecture; import it with --architecture.")
+        return build_module(row["architecture"], json.loads(row["architecture_kwargs"] or "{}")).eval()
+
+    def where(self, split: str, index: int) -> str:
+        """A row, for messages."""
+        model_id, epoch = (self._value(split, name, int(index)) for name in ("model_id", "epoch"))
+        return f"{self.name}, {split} row {model_id!r} epoch {epoch}"
 
     def state_dict(self, split: str, index: int) -> dict[str, torch.Tensor]:
-        """The (aligned) weights of one row."""
-        return self._weights(split, self.rows(split)[int(index)])
+        """The (aligned) weights of one row.
+
+        Raises:
+            ValueError: If they are damaged, hold NaN or infinite values, or do not fit the layout; the row is named.
+        """
+        number = int(self.row_numbers[split][int(index)])
+        return self._decode(split, int(index), self.files[split].weights(number))
+
+    def read_file(self, split: str, number: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Rows of one of the split's files, `(row, state dict)`, each read once and in the order of the file."""
+        numbers = self.row_numbers[split]
+        for place, content in self.files[split].read(number):
+            index = int(np.searchsorted(numbers, place))
+            if index < len(numbers) and numbers[index] == place:
+                yield index, self._decode(split, index, content)
+
+    def _decode(self, split: str, index: int, content: bytes | None) -> dict[str, torch.Tensor]:
+        file = self._value(split, "weights_file", index)
+        try:
+            if content is None and file is not None:
+                if file not in self.source.sizes:
+                    raise ValueError(f"{file} is missing from the zoo; import that model again.")
+                content = self._weights_file(file, self._value(split, "weights_sha256", index))
+            state_dict = weights_from_bytes(content, self._value(split, "weights_sha256", index))
+            layout = self.read_layout(self._value(split, "layout_id", index))
+            state_dict |= {alias: state_dict[name] for alias, name in layout.ties.items() if name in state_dict}
+            if layout.check_tensors(state_dict):
+                raise ValueError(f"its tensors have more dimensions than the layout {layout.fingerprint} expects.")
+            check_finite(state_dict)
+        except ValueError as error:
+            raise ValueError(f"{self.where(split, index)}: {error}") from error
+        return state_dict
+
+    def _weights_file(self, name: str, sha256: str | None) -> bytes:
+        """A file beside the rows; one that came over damaged stays in the Hub's cache, so it is fetched again, once."""
+        content = self.source.fetch(name).read_bytes()
+        if sha256 is not None and checksum(content) != sha256:
+            content = self.source.fetch(name, again=True).read_bytes()
+        return content
+
+    def _value(self, split: str, column: str, index: int) -> Any:
+        table = self.splits[split].data.table
+        return table[column][index].as_py() if column in table.column_names else None
 
     def stacked(self, split: str, indices: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """Weights of many rows at once: name to `(checkpoints, *shape)`.
+        """Weights of many rows at once: name to `(checkpoints, *shape)`, float32.
 
         Raises:
             ValueError: If a row is damaged, holds NaN or infinite values, or does not fit the layout; the row is named.
         """
-        rows = self.rows(split)
-        rows = rows if indices is None else rows.select([int(i) for i in indices])
-        tensors: dict[str, torch.Tensor] = {}
-        for place, row in enumerate(rows):
-            state_dict = self._weights(split, row)
-            for name, layout in self.layout.tensors.items():
-                if name not in tensors:
-                    tensors[name] = torch.empty(len(rows), *layout.shape)
-                tensors[name][place] = state_dict[name]
+        indices = np.arange(len(self.rows(split))) if indices is None else np.asarray(indices)
+        tensors = {name: torch.empty(len(indices), *tensor.shape) for name, tensor in self.layout.tensors.items()}
+        for place in np.argsort(indices, kind="stable"):  # in the order of the files: neighbours are read together
+            for name, tensor in self.state_dict(split, indices[place]).items():
+                if name in tensors:
+                    tensors[name][place] = tensor
         return tensors
-
-
-def token_cache(
-    zoo: Zoo, split: str, tokenizer: SaneWeightTokenizer, folder: Path, chunk_size: int = 256
-) -> np.ndarray:
-    """Normalised tokens of a whole split, as a memory-mapped file that is written once.
-
-    Args:
-        zoo ([`Zoo`]): where from.
-        split (`str`): which rows.
-        tokenizer ([`SaneWeightTokenizer`]): its token size, packing and statistics.
-        folder (`Path`): where the file goes; it is written under another name first, so a reader never sees half of it.
-        chunk_size (`int`): checkpoints in memory at a time.
-
-    Returns:
-        `np.memmap` of shape `(checkpoints, tokens, token_size)`, float32.
-    """
-    layout = zoo.layout.repack(tokenizer.token_size, tokenizer.packing)
-    path = folder / f"{split}.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{split}.partial.npy"
-        count = len(zoo.rows(split))
-        tokens = np.lib.format.open_memmap(partial, "w+", np.float32, (count, layout.num_tokens, layout.token_size))
-        for start in tqdm(
-            range(0, count, chunk_size), desc=f"tokenize {split}", leave=False, disable=count <= chunk_size
-        ):
-            indices = np.arange(start, min(start + chunk_size, count))
-            tokens[indices] = tokenizer.normalize(layout.pack(zoo.stacked(split, indices)), layout).numpy()
-        tokens.flush()
-        partial.rename(path)
-    tokens = np.load(path, mmap_mode="r")
-    expected = (len(zoo.rows(split)), layout.num_tokens, layout.token_size)
-    if tokens.shape != expected:
-        raise ValueError(
-            f"{path} holds tokens of shape {tokens.shape}, expected {expected}: it was made from another zoo. Remove {folder}."
-        )
-    return tokens

@@ -173,7 +173,7 @@ def test_a_zoo_that_is_too_small_and_a_window_that_is_too_short_say_so(tiny_zoo,
     with pytest.raises(ValueError, match="a batch of 64 is more than the 21 checkpoints"):
         train(TrainArguments(zoo=str(tiny_zoo), output_dir=str(tmp_path / "a"), **(SETTINGS | {"batch_size": 64})))
     with pytest.raises(ValueError, match="the behavioural loss needs whole networks"):
-        train(TrainArguments(zoo=str(tiny_zoo), output_dir=str(tmp_path / "b"), **(SETTINGS | {"window_size": 5})))
+        train(TrainArguments(zoo=str(tiny_zoo), output_dir=str(tmp_path / "b"), **(SETTINGS | {"window_size": 5, "behavioural_weight": 0.1})))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,182 @@
+"""Cards of what is made from a zoo: a SANE model, and networks that it generated."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hub_scripts.zoos.zoo import Zoo
+
+TAGS = ["sane", "weight-space-learning", "model-zoo"]
+
+
+def model_card(zoo: Zoo, results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """README.md of a SANE model.
+
+    Args:
+        zoo ([`Zoo`]): what it was trained on.
+        results (`Mapping`): what training measured: `steps`, `seconds`, `compression`, `validation`.
+        settings (`Mapping`): the arguments of training.
+    """
+    scores = results["validation"]
+    metrics = [
+        {"type": kind, "value": round(scores[key], 4), "name": text}
+        for key, kind, text in (
+            ("r2", "r_squared", "R2 of reconstructed weights"),
+            ("accuracy_decoded", "accuracy", "accuracy of decoded networks"),
+        )
+        if key in scores
+    ]
+    measured = f"R² of the weights {scores['r2']:.3f} at {results['compression']:.2f} weight values a latent value"
+    if "accuracy_decoded" in scores:
+        measured += (
+            f"; decoded networks reach accuracy {scores['accuracy_decoded']:.3f}, the originals "
+            f"{scores['accuracy_original']:.3f}"
+        )
+    task = f" of the task `{zoo.info['task']}`" if zoo.info.get("task") else ""
+    rows = "\n".join(f"| `{key}` | {value} |" for key, value in public_settings(settings).items() if key != "zoo")
+    name = _title(zoo)
+    front = _front_matter(
+        f"SANE on {name}",
+        {"type": "feature-extraction", "name": "embedding and reconstruction of network weights"},
+        {"type": name, "name": name, "split": "validation"},
+        metrics,
+        datasets=[zoo],
+        base_model=settings.get("model_name_or_path"),
+        library_name="transformers",
+    )
+    return f"""{front}
+
+# SANE on {name}
+
+A sequential autoencoder for neural embeddings (SANE): it reads the weights of a neural network as a sequence of tokens and gives
+one latent vector a token; the decoder turns latents into working weights. Trained on {zoo.num_models} networks
+({len(zoo.rows("train"))} checkpoints in the train split){task}.
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("path or repo", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("path or repo", trust_remote_code=True)
+batch = tokenizer(state_dict)  # of a network of the same architecture
+latents = model.encode_sequence(batch["token_values"], batch["position_ids"], layer_kind_ids=batch["layer_kind_ids"])
+```
+
+Measured on networks of the validation split: {measured}.
+Trained for {results["steps"]} steps in {results["seconds"]:.0f} s on {results["num_processes"]} process(es), seed {results["seed"]}.
+
+It knows networks like those of its zoo; others can be tokenised, but what the model makes of them was not measured.
+
+| setting | value |
+|---|---|
+{rows}
+"""
+
+
+def networks_card(
+    name: str, model: str, zoo: Zoo, figures: Mapping[str, Mapping[str, Any]], info: Mapping[str, Any]
+) -> str:
+    """README.md of generated networks.
+
+    Args:
+        name (`str`): title.
+        model (`str`): folder or repository of the SANE model that decoded them.
+        zoo ([`Zoo`]): where the anchors are from.
+        figures (`Mapping`): by set, what `results.json` holds under `sample`.
+        info (`Mapping`): what `networks.json` holds.
+    """
+    arguments = info["arguments"]
+    first = next(iter(info["sets"]))
+    front = _front_matter(
+        name,
+        {"type": "image-classification", "name": f"image classification, {info['task']}"},
+        {"type": info["task"], "name": info["task"], "split": "test"},
+        [{"type": "accuracy", "value": round(float(figures[first]["accuracy_mean"]), 4),
+          "name": f"mean accuracy of {figures[first]['count']} networks drawn ({first}), without training"}],
+        datasets=[zoo],
+        base_model=model,
+        library_name="pytorch",
+    )  # fmt: skip
+    sets = "\n".join(
+        f"| `{key}` | {found['count']} | {found['accuracy_mean']:.3f} | {found['accuracy_top5']:.3f} | "
+        f"{found['nearest_train_distance']:.1f} |"
+        for key, found in figures.items()
+    )
+    networks = "\n".join(
+        f"| `{network['file']}` | {network['test_accuracy']:.3f} | {network['nearest_train_distance']:.1f} |"
+        for found in info["sets"].values()
+        for network in found
+    )
+    return f"""{front}
+
+# {name}
+
+Networks whose weights were generated, not trained: drawn around the latents of the anchors by kernel density
+(bandwidth {arguments["bandwidth"]}), decoded by the SANE model `{arguments["model"]}`, and chosen by their accuracy on
+validation images ({arguments["keep"]} of {arguments["count"]} in each set). Beside them, for comparison: the anchors themselves,
+the anchors with noise, and averages of anchors. Task `{info["task"]}`, seed {arguments["seed"]}.
+
+* Architecture: `{info["architecture"]}` with `{info["architecture_kwargs"]}`
+* Anchors, of the zoo `{_title(zoo)}`: {", ".join(f"`{anchor}`" for anchor in info["anchors"])}
+
+All networks drawn, measured on test images. Distance is to the nearest checkpoint of the train split, in normalised weights:
+`unseen` is what networks of other runs have.
+
+| set | networks | accuracy | best {5} by validation | distance |
+|---|---|---|---|---|
+{sets}
+
+```python
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+state_dict = load_file(hf_hub_download("namespace/name of this repository", "{info["sets"][first][0]["file"]}"))
+```
+
+| file | test accuracy | distance |
+|---|---|---|
+{networks}
+"""
+
+
+def _front_matter(
+    name: str,
+    task: Mapping[str, str],
+    dataset: Mapping[str, str],
+    metrics: list[dict[str, Any]],
+    datasets: list[Zoo],
+    base_model: str | None,
+    library_name: str,
+) -> str:
+    """YAML that the Hub reads; it names only what is on the Hub, not folders of this machine."""
+    data: dict[str, Any] = {"library_name": library_name, "tags": TAGS}
+    repositories = [zoo.name for zoo in datasets if not Path(zoo.name).is_dir()]
+    if repositories:
+        data["datasets"] = repositories
+    if base_model and not Path(base_model).exists():
+        data["base_model"] = base_model
+    data["model-index"] = [
+        {"name": name, "results": [{"task": dict(task), "dataset": dict(dataset), "metrics": metrics}]}
+    ]
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()}\n---"
+
+
+def _title(zoo: Zoo) -> str:
+    """A zoo's name, without the folders above it."""
+    return public_name(zoo.name)
+
+
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a command without the folders of this machine."""
+    hidden = ("output_dir", "push_to_hub", "hub_model_id", "hub_private")
+    return {
+        key: public_name(value) if key in ("zoo", "model", "model_name_or_path", "task") and value else value
+        for key, value in settings.items()
+        if key not in hidden
+    }
+
+
+def public_name(source: str) -> str:
+    """A repository's name, or a folder's without what is above it."""
+    return Path(source).resolve().name if Path(source).exists() else source
