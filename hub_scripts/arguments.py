@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
@@ -19,7 +20,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows defaults, and keeps the lines of the example as they are."""
 
 
-def parse_arguments(kind: type[Arguments], argv: list[str] | None, program: str) -> Arguments:
+def parse_arguments(
+    kind: type[Arguments], argv: list[str] | None, program: str, presets: Path | None = None
+) -> Arguments:
     """Read a dataclass of arguments from flags, or from one YAML or JSON file given instead of flags.
 
     Args:
@@ -27,6 +30,7 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None, program: str)
             its `__init__` is a word given without a flag, or a list of them.
         argv (`list[str]`, *optional*): words after the command; default the process' own.
         program (`str`): how users call it, e.g. `"sane train"`.
+        presets (`Path`, *optional*): folder of YAML files; `--preset NAME` takes defaults from one of them.
 
     Raises:
         SystemExit: With code 2 and one sentence, if the arguments are wrong.
@@ -42,6 +46,8 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None, program: str)
         if len(argv) == 1 and Path(argv[0]).suffix in (".json", ".yaml", ".yml"):
             read = parser.parse_json_file if Path(argv[0]).suffix == ".json" else parser.parse_yaml_file
             return read(argv[0])[0]
+        if presets is not None:
+            _use_preset(parser, presets, argv)
         found = vars(parser.parse_args(argv))
         words = {field.name: found.pop(field.name) for field in positional}
         arguments = kind(**found)
@@ -50,6 +56,20 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None, program: str)
         return arguments
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+
+
+def _use_preset(parser: argparse.ArgumentParser, folder: Path, argv: list[str]) -> None:
+    """Defaults of `--preset NAME`; flags that are given count more."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset")
+    name = finder.parse_known_args(argv)[0].preset
+    if name is None:
+        return
+    file = folder / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ValueError(f"--preset is {name!r}, expected one of {known}.")
+    parser.set_defaults(**yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def require_source(source: str | Path, what: str) -> None:

@@ -4,12 +4,14 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -230,27 +232,41 @@ def build_zoo(args: BuildZooArguments) -> dict[str, Any]:
         groups = {
             work / f"group-{number:05d}": group for number, group in enumerate(make_groups(members, sizes.__getitem__))
         }
-        _claim(work, args)
-        try:
+        with _claim(work, args):
             _train(args, groups, task)
             with new_folder(target) as folder:
                 info = _assemble(args, folder, groups, splits, kinds, task)
-        finally:
-            release_folder(work)  # where no group was finished
-        shutil.rmtree(work)
+            shutil.rmtree(work)
     return info
 
 
-def _claim(work: Path, args: BuildZooArguments) -> None:
-    """Make the folder of finished groups this build's, or go on with it.
+@contextmanager
+def _claim(work: Path, args: BuildZooArguments) -> Iterator[None]:
+    """Make the folder of finished groups this build's, or go on with it; nothing is left if no group was finished.
 
     Raises:
-        ValueError: If it was begun with other settings.
+        ValueError: If it was begun with other settings, or another process is at it.
     """
-    if work.is_dir() and not (work / MARKER).exists():
-        shutil.rmtree(work)  # killed while it was made
-    leave_out = (*NOT_IN_ARGUMENTS, "license")
-    claim_folder(work, "build-zoo", {k.replace("_", "-"): v for k, v in asdict(args).items() if k not in leave_out})
+    work.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is building {args.output_dir}; wait for it, or end it.") from error
+    try:
+        if work.is_dir() and not (work / MARKER).exists():
+            shutil.rmtree(work)  # killed while it was made
+        leave_out = (*NOT_IN_ARGUMENTS, "license")
+        settings = {k.replace("_", "-"): v for k, v in asdict(args).items() if k not in leave_out}
+        claim_folder(work, "build-zoo", settings)
+        try:
+            yield
+        finally:
+            if work.is_dir():
+                release_folder(work)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 # --- what kinds of networks there are

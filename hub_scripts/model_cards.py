@@ -11,11 +11,11 @@ from hub_scripts.zoos.zoo import Zoo
 TAGS = ["sane", "weight-space-learning", "model-zoo"]
 
 
-def model_card(zoo: Zoo, results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def model_card(zoos: list[Zoo], results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """README.md of a SANE model.
 
     Args:
-        zoo ([`Zoo`]): what it was trained on.
+        zoos (`list[Zoo]`): what it was trained on, each of one layout.
         results (`Mapping`): what training measured: `steps`, `seconds`, `compression`, `validation`.
         settings (`Mapping`): the arguments of training.
     """
@@ -34,15 +34,14 @@ def model_card(zoo: Zoo, results: Mapping[str, Any], settings: Mapping[str, Any]
             f"; decoded networks reach accuracy {scores['accuracy_decoded']:.3f}, the originals "
             f"{scores['accuracy_original']:.3f}"
         )
-    task = f" of the task `{zoo.info['task']}`" if zoo.info.get("task") else ""
     rows = "\n".join(f"| `{key}` | {value} |" for key, value in public_settings(settings).items() if key != "zoo")
-    name = _title(zoo)
+    name = ", ".join(dict.fromkeys(_title(zoo) for zoo in zoos))
     front = _front_matter(
         f"SANE on {name}",
         {"type": "feature-extraction", "name": "embedding and reconstruction of network weights"},
         {"type": name, "name": name, "split": "validation"},
         metrics,
-        datasets=[zoo],
+        datasets=zoos,
         base_model=settings.get("model_name_or_path"),
         library_name="transformers",
     )
@@ -51,8 +50,8 @@ def model_card(zoo: Zoo, results: Mapping[str, Any], settings: Mapping[str, Any]
 # SANE on {name}
 
 A sequential autoencoder for neural embeddings (SANE): it reads the weights of a neural network as a sequence of tokens and gives
-one latent vector a token; the decoder turns latents into working weights. Trained on {zoo.num_models} networks
-({len(zoo.rows("train"))} checkpoints in the train split){task}.
+one latent vector a token; the decoder turns latents into working weights. Trained on
+{_trained_on(zoos)}
 
 ```python
 from transformers import AutoModel, AutoTokenizer
@@ -151,7 +150,7 @@ def _front_matter(
 ) -> str:
     """YAML that the Hub reads; it names only what is on the Hub, not folders of this machine."""
     data: dict[str, Any] = {"library_name": library_name, "tags": TAGS}
-    repositories = [zoo.name for zoo in datasets if not Path(zoo.name).is_dir()]
+    repositories = list(dict.fromkeys(zoo.name for zoo in datasets if not Path(zoo.name).is_dir()))
     if repositories:
         data["datasets"] = repositories
     if base_model and not Path(base_model).exists():
@@ -160,6 +159,18 @@ def _front_matter(
         {"name": name, "results": [{"task": dict(task), "dataset": dict(dataset), "metrics": metrics}]}
     ]
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()}\n---"
+
+
+def _trained_on(zoos: list[Zoo]) -> str:
+    lines = []
+    for zoo in zoos:
+        task = f", task `{zoo.info['task']}`" if zoo.info.get("task") else ""
+        kind = next(rows["architecture"][0] for rows in zoo.splits.values() if len(rows)) or "an unnamed architecture"
+        lines.append(
+            f"* `{_title(zoo)}`: {zoo.num_models:,} networks of {kind} ({zoo.layout.num_parameters:,} values), "
+            f"{len(zoo.rows('train')):,} checkpoints in the train split{task}"
+        )
+    return "\n" + "\n".join(lines)
 
 
 def _title(zoo: Zoo) -> str:
@@ -171,10 +182,16 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a command without the folders of this machine."""
     hidden = ("output_dir", "push_to_hub", "hub_model_id", "hub_private")
     return {
-        key: public_name(value) if key in ("zoo", "model", "model_name_or_path", "task") and value else value
+        key: _public_value(value) if key in ("zoo", "model", "model_name_or_path", "task") else value
         for key, value in settings.items()
         if key not in hidden
     }
+
+
+def _public_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_public_value(one) for one in value]
+    return public_name(value) if value else value
 
 
 def public_name(source: str) -> str:

@@ -23,7 +23,8 @@ from hub_scripts.finetune import FinetuneArguments, finetune
 from hub_scripts.outputs import claim_folder, new_folder, read_json, write_json
 from hub_scripts.probe import ProbeArguments, probe
 from hub_scripts.sample import NETWORKS_FOLDER, SampleArguments, sample
-from hub_scripts.train import LOG_FILE, TrainArguments, train
+from hub_scripts.train import TrainArguments, train
+from hub_scripts.training.run import LOG_FILE
 from hub_scripts.zoos.zoo import Zoo
 
 PROGRAM = "sane quickstart"

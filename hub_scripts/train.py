@@ -5,10 +5,8 @@ On two CPU processes:    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu -
 On all GPUs of a host:   accelerate launch --multi_gpu hub_scripts/train.py ...
 """
 
-import math
 import os
-import shutil
-import time
+import signal
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,29 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, require_source, run_command
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import accuracy, batched_logits, behavioural_loss
 from hub_scripts.hub import publish_folder
 from hub_scripts.model_cards import model_card, public_settings
-from hub_scripts.outputs import claim_folder, read_json, release_folder, write_json, write_text
-from hub_scripts.zoos.token_cache import STORED, TokenCache, token_cache
-from hub_scripts.zoos.views import StepSampler, WindowDataset, collate
+from hub_scripts.outputs import claim_folder, release_folder, write_json, write_text
+from hub_scripts.training.behaviour import Behaviour
+from hub_scripts.training.parts import MixedWindows, Order, Part, open_parts
+from hub_scripts.training.run import Run
+from hub_scripts.training.validation import Validation
+from hub_scripts.zoos.token_cache import STORED
+from hub_scripts.zoos.views import Sample, StepSampler, WindowDataset, collate
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import SaneConfig, SaneForPreTraining
 from tokenization_sane import SaneWeightTokenizer
 
 PROGRAM = "sane train"
-LOG_FILE = "training_log.json"
+PRESETS = Path(__file__).parent / "configs" / "train"
 RESULTS_FILE = "results.json"
-POSITION_FILE = "position.json"  # of a checkpoint: where the run stood
+SCORES = ("r2", "accuracy_decoded", "accuracy_original", "effective_rank", "dead_latents")
 
 
 @dataclass
@@ -47,11 +48,25 @@ class TrainArguments:
       accelerate launch hub_scripts/train.py training.yaml
     """
 
-    zoo: str = field(metadata={"help": "Folder of a zoo, or a dataset repository on the Hub."})
+    zoo: list[str] = field(
+        metadata={"help": "Folders of zoos, or dataset repositories on the Hub: one, or many that are mixed."}
+    )
     output_dir: str = field(metadata={"help": "Folder for the model; also holds the checkpoints while training."})
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Defaults from hub_scripts/configs/train/NAME.yaml: tiny, small-cnn, resnet18 or multi-zoo."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the zoo on the Hub."})
     layout_id: str | None = field(
-        default=None, metadata={"help": "Of a zoo with several layouts: the one to train on."}
+        default=None, metadata={"help": "Of a zoo with several layouts: the one to train on; by default all."}
+    )
+    zoo_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each zoo in an epoch, one number for each; by default each checkpoint is shown once."
+        },
     )
     cache_dtype: str = field(
         default="float32",
@@ -125,6 +140,9 @@ class TrainArguments:
         default=100, metadata={"help": "Optimizer steps between evaluations on the validation split."}
     )
     save_steps: int = field(default=100, metadata={"help": "Optimizer steps between checkpoints."})
+    save_minutes: float | None = field(
+        default=None, metadata={"help": "Minutes between checkpoints, beside --save-steps."}
+    )
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that are kept."})
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -151,6 +169,15 @@ class TrainArguments:
     seed: int = field(default=0, metadata={"help": "Of initial weights, windows, views and order."})
 
     def __post_init__(self):
+        self.zoo = [self.zoo] if isinstance(self.zoo, str) else self.zoo
+        if len(set(self.zoo)) != len(self.zoo):
+            raise ValueError("--zoo names a zoo twice; give --zoo-weights if one shall count more.")
+        if self.zoo_weights is not None and (len(self.zoo_weights) != len(self.zoo) or min(self.zoo_weights) <= 0):
+            raise ValueError(
+                f"--zoo-weights has {len(self.zoo_weights)} numbers for {len(self.zoo)} zoos, expected one above 0 for each."
+            )
+        if len(self.zoo) > 1 and (self.revision or self.layout_id):
+            raise ValueError("--revision and --layout-id choose within one zoo, but --zoo names several.")
         for name in ("learning_rate", "weight_decay", "noise", "behavioural_weight", "max_grad_norm", "warmup_ratio"):
             value = getattr(self, name)
             if value is None:
@@ -197,88 +224,107 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
         accelerator.init_trackers("trackers", config=settings)
 
     with accelerator.main_process_first():
-        zoo = Zoo(args.zoo, args.revision, args.on_error, args.layout_id)
+        zoos = [Zoo(name, args.revision, args.on_error, args.layout_id) for name in args.zoo]
     tokenizer = _tokenizer(args)
-    # all processes read the zoo together, each row once
-    cache = {
-        split: token_cache(
-            zoo,
-            split,
-            tokenizer.token_size,
-            tokenizer.packing,
-            args.cache_dtype,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        for split in ("train", "validation")
-    }
-    layout = cache["train"].layout
-    tokenizer.set_moments({layout.fingerprint: (zoo.layout, cache["train"].moments)})
-    statistics = tokenizer.zoo[layout.fingerprint]["statistics"]
-    if zoo.has_symmetries:
-        tokenizer.symmetries = {layout.fingerprint: zoo.symmetries.to_json()}
-
-    model = _model(args, tokenizer, cache["train"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    # all processes read the zoos together, each row once
+    parts = open_parts(zoos, tokenizer, args.cache_dtype, accelerator.process_index, accelerator.num_processes)
+    model = _model(args, parts)
     config = model.config
+    dataset, order = _data(args, parts, config.window_size, accelerator)
+    if args.linear_start and not args.model_name_or_path:
+        _start_linear(model, dataset, args.seed)
+    codecs = [Codec(model.sane, tokenizer, part.layout) for part in parts]
+    runnable = [
+        (number, part, codecs[number])
+        for number, part in enumerate(parts)
+        if part.zoo.can_run and config.window_size >= part.layout.num_tokens
+    ]
     if args.behavioural_weight is None:
-        args = replace(
-            args, behavioural_weight=0.1 if zoo.can_run and config.window_size >= layout.num_tokens else 0.0
+        args = replace(args, behavioural_weight=0.1 if runnable else 0.0)
+    elif args.behavioural_weight and not runnable:
+        longest = max(part.layout.num_tokens for part in parts)
+        raise ValueError(
+            f"the behavioural loss needs whole networks and a task to run them on, but a window of {config.window_size} tokens "
+            f"holds only a part of {longest}, or the zoo does not name architecture and task; use --behavioural-weight 0 or a "
+            "larger --window-size."
         )
+    validation = Validation(list(zip(parts, codecs, strict=True)), accelerator)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = _Run(args, accelerator, len(cache["train"]))
+    behaviour = None
+    if args.behavioural_weight:
+        behaviour = Behaviour(
+            runnable, args.behavioural_networks, args.behavioural_images, args.seed, accelerator.device
+        )
+    run = Run(args, accelerator, len(order))
     if args.resume_from_checkpoint:
         run.load(output_dir)
     run.set_learning_rate(optimizer)
-
-    spec = zoo.symmetries if args.permute and zoo.has_symmetries else None
-    if args.permute and spec is None:
-        accelerator.print(f"{zoo.name} has no symmetries, so the two views differ by noise alone.")
-    dataset = WindowDataset(cache["train"], statistics, config.window_size, spec, args.noise, args.seed)
     sampler = StepSampler(
-        len(dataset),
-        args.batch_size,
-        run.step,
-        run.max_steps,
-        args.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
+        order, args.batch_size, run.step, run.max_steps, accelerator.process_index, accelerator.num_processes
     )
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers)
-    codec = Codec(accelerator.unwrap_model(model).sane, tokenizer, layout)
-    behaviour = _Behaviour(args, zoo, codec, accelerator.device) if args.behavioural_weight else None
-    validation = _Validation(zoo, codec, cache["validation"], accelerator)
 
     accelerator.print(
-        f"{model.__class__.__name__}: {sum(p.numel() for p in model.parameters()):,} parameters, {layout.num_tokens} tokens of "
-        f"{layout.token_size} values a network, {compression(layout, config.latent_size):.2f} weight values per latent value; "
-        f"{len(dataset)} checkpoints, {run.max_steps} steps, {accelerator.num_processes} process(es) on {accelerator.device.type}"
+        f"{model.__class__.__name__}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{compression(parts, config.latent_size):.2f} weight values per latent value; {len(dataset)} checkpoints, "
+        f"{run.max_steps} steps, {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-    with tqdm(
-        total=run.max_steps, initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process
-    ) as bar:
-        for batch in loader:
-            losses = _step(args, accelerator, model, optimizer, run, batch, behaviour)
-            bar.update()
-            last = run.finished
-            if run.step % args.eval_steps == 0 or last:
-                scores = validation(model)
-                run.log(losses, scores)
-                shown = {"loss": losses["loss"], "r2": scores["r2"], "accuracy": scores.get("accuracy_decoded")}
-                bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items() if value is not None})
-            if run.step % args.save_steps == 0 or last:
-                run.save(output_dir)
-            if last:
-                break
+    for part in parts:
+        accelerator.print(
+            f"  {part.name}: {len(part.train)} checkpoints of {part.layout.num_parameters:,} values in {part.layout.num_tokens} "
+            f"tokens of {part.layout.token_size}"
+        )
+    _loop(args, accelerator, model, optimizer, run, loader, behaviour, validation, output_dir)
     accelerator.wait_for_everyone()
-    results = _finish(args, accelerator, model, tokenizer, zoo, layout, run, output_dir)
+    if run.is_told_to_end and not run.finished:
+        accelerator.print(f"ended at step {run.step}; --resume-from-checkpoint latest goes on from there")
+        accelerator.end_training()
+        raise SystemExit(128 + signal.SIGTERM)
+    results = _finish(args, accelerator, model, tokenizer, parts, run, output_dir)
     accelerator.end_training()
     return results
 
 
-def compression(layout, latent_size: int) -> float:
-    """Real weight values per latent value."""
-    return layout.num_parameters / (layout.num_tokens * latent_size)
+def _loop(args, accelerator, model, optimizer, run, loader, behaviour, validation, output_dir) -> None:
+    """Steps, evaluations and checkpoints until the run is over or told to end."""
+    hidden = not accelerator.is_main_process
+    with run, tqdm(total=run.max_steps, initial=run.step, desc="train", unit="step", disable=hidden) as bar:
+        for batch in loader:
+            losses = _step(args, accelerator, model, optimizer, run, batch, behaviour)
+            bar.update()
+            if run.step % args.eval_steps == 0 or run.finished:
+                scores = validation(model)
+                run.log(losses, scores)
+                shown = {"loss": losses["loss"], "r2": scores["r2"], "accuracy": scores.get("accuracy_decoded")}
+                bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items() if value is not None})
+            if run.should_save:
+                run.save(output_dir)
+            if run.finished or run.is_told_to_end:
+                break
+
+
+def _data(args: TrainArguments, parts: list[Part], window_size: int, accelerator) -> tuple[MixedWindows, Order]:
+    windows = []
+    for part in parts:
+        spec = part.zoo.symmetries if args.permute and part.zoo.has_symmetries else None
+        if args.permute and spec is None:
+            accelerator.print(f"{part.name} has no symmetries, so its two views differ by noise alone.")
+        windows.append(WindowDataset(part.train, part.statistics, window_size, spec, args.noise, args.seed))
+    weights = None
+    if args.zoo_weights is not None:
+        # a zoo's share is divided among its layouts by their checkpoints
+        share = dict(zip(args.zoo, args.zoo_weights, strict=True))
+        rows = {name: sum(len(part.train) for part in parts if part.zoo.name == name) for name in args.zoo}
+        weights = [share[part.zoo.name] * len(part.train) / rows[part.zoo.name] for part in parts]
+    return MixedWindows(windows), Order([len(one) for one in windows], args.seed, weights)
+
+
+def compression(parts: list[Part], latent_size: int) -> float:
+    """Real weight values per latent value, one network of each part together."""
+    values = sum(part.layout.num_parameters for part in parts)
+    return values / (latent_size * sum(part.layout.num_tokens for part in parts))
 
 
 def _accelerator(args: TrainArguments) -> Accelerator:
@@ -321,34 +367,42 @@ def _tokenizer(args: TrainArguments) -> SaneWeightTokenizer:
     return SaneWeightTokenizer(args.token_size, args.packing, "zoo")
 
 
-def _model(args: TrainArguments, tokenizer: SaneWeightTokenizer, cache: TokenCache) -> SaneForPreTraining:
+def _model(args: TrainArguments, parts: list[Part]) -> SaneForPreTraining:
     if args.model_name_or_path:
         return SaneForPreTraining.from_pretrained(args.model_name_or_path)
-    layout = cache.layout
-    window_size = args.window_size or min(256, layout.num_tokens)
+    layouts = [part.layout for part in parts]
+    window_size = args.window_size or min(256, max(layout.num_tokens for layout in layouts))
     learned = args.position_encoding == "learned"
-    config = SaneConfig(
-        token_size=layout.token_size,
-        latent_size=args.latent_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
-        num_attention_heads=args.num_attention_heads,
-        position_encoding=args.position_encoding,
-        max_position_embeddings=(layout.position_ids.amax(0) + 1).tolist() if learned else None,
-        window_size=window_size,
-        halo=min(32, window_size // 4),
-        initializer_range=args.initializer_range,
-        contrastive_weight=args.contrastive_weight,
-        normalize_targets=args.normalize_targets,
+    largest = torch.stack([layout.position_ids.amax(0) for layout in layouts]).amax(0)
+    return SaneForPreTraining(
+        SaneConfig(
+            token_size=layouts[0].token_size,
+            latent_size=args.latent_size,
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            num_attention_heads=args.num_attention_heads,
+            position_encoding=args.position_encoding,
+            max_position_embeddings=(largest + 1).tolist() if learned else None,
+            window_size=window_size,
+            halo=min(32, window_size // 4),
+            initializer_range=args.initializer_range,
+            contrastive_weight=args.contrastive_weight,
+            normalize_targets=args.normalize_targets,
+        )
     )
-    model = SaneForPreTraining(config)
-    if args.linear_start:
-        chosen = np.random.default_rng(args.seed).permutation(len(cache))[:256]
-        sample = tokenizer.normalize(cache.tokens(np.sort(chosen)), layout)
-        kinds = layout.layer_kind_ids.expand(len(sample), -1)
-        mask = layout.value_mask.expand(len(sample), -1, -1)
-        model.sane.initialize_linear(sample, layout.position_ids, value_mask=mask, layer_kind_ids=kinds)
-    return model
+
+
+def _start_linear(model: SaneForPreTraining, dataset: MixedWindows, seed: int) -> None:
+    """Start from the best linear autoencoder of some windows of all parts."""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:256])
+    batch = collate([dataset[Sample(0, int(row))] for row in rows])
+    model.sane.initialize_linear(
+        batch["labels"],
+        batch["position_ids"],
+        attention_mask=batch["attention_mask"],
+        value_mask=batch["value_mask"],
+        layer_kind_ids=batch["layer_kind_ids"],
+    )
 
 
 def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[str, float]:
@@ -358,7 +412,8 @@ def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[st
     parts = args.gradient_accumulation_steps
     losses: dict[str, float] = {}
     for part in torch.arange(count).chunk(parts):
-        inputs = {name: values[part].to(accelerator.device) for name, values in batch.items() if name != "row"}
+        inputs = {name: values[part].to(accelerator.device) for name, values in batch.items()}
+        rows, source = inputs.pop("row"), inputs.pop("part")
         if not args.permute and not args.contrastive_weight:
             inputs = {name: values for name, values in inputs.items() if not name.startswith("second_")}
         with accelerator.accumulate(model), accelerator.autocast():
@@ -366,13 +421,13 @@ def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[st
             loss = output.loss
             terms = {"loss_reconstruction": output.loss_reconstruction, "loss_contrastive": output.loss_contrastive}
             if behaviour is not None:
-                terms["loss_behavioural"] = behaviour(output.reconstruction, inputs["labels"], run.step)
+                terms["loss_behavioural"] = behaviour(output.reconstruction, inputs["labels"], source, run.step)
                 loss = loss + args.behavioural_weight * terms["loss_behavioural"]
             terms["loss"] = loss
             if not torch.isfinite(loss):
-                rows = batch["row"][part].tolist()
                 raise ValueError(
-                    f"the loss is {loss.item()} at step {run.step}; the batch held rows {rows} of the train split."
+                    f"the loss is {loss.item()} at step {run.step}; the batch held rows {rows.tolist()} of the train splits of the "
+                    f"parts {source.tolist()}. Lower --learning-rate, or look at these rows."
                 )
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
@@ -384,174 +439,27 @@ def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[st
                 losses[name] = losses.get(name, 0.0) + float(value.detach()) * (
                     1 if name == "grad_norm" else len(part) / count
                 )
-    run.advance(optimizer)
+    everyone = accelerator.num_processes
+    run.advance(optimizer, count * everyone, int(batch["attention_mask"].sum()) * everyone)
     return losses
 
 
-class _Run:
-    """Where a run stands: step, time, learning rate, log; saved with each checkpoint."""
-
-    def __init__(self, args: TrainArguments, accelerator: Accelerator, num_checkpoints: int):
-        self.args, self.accelerator = args, accelerator
-        self.max_steps = args.max_steps or args.epochs * (num_checkpoints // args.batch_size)
-        self.step, self.seconds_before, self.history = 0, 0.0, []
-        self.started = time.perf_counter()
-        self.seconds = 0.0
-
-    @property
-    def progress(self) -> float:
-        """0 at the start, 1 at the end, whichever of steps and minutes is nearer to its end."""
-        by_time = self.seconds / (60 * self.args.max_minutes) if self.args.max_minutes else 0.0
-        return min(1.0, max(self.step / self.max_steps, by_time))
-
-    @property
-    def finished(self) -> bool:
-        return self.progress >= 1.0
-
-    def advance(self, optimizer) -> None:
-        """Count a step and set the learning rate of the next one."""
-        self.step += 1
-        # one clock for all processes: they must agree on the learning rate and on the last step
-        now = torch.tensor(self.seconds_before + time.perf_counter() - self.started, dtype=torch.float64)
-        self.seconds = broadcast(now.to(self.accelerator.device)).item() if self.args.max_minutes else now.item()
-        self.set_learning_rate(optimizer)
-
-    def set_learning_rate(self, optimizer) -> None:
-        """Linear warm-up, then a cosine to zero, over the run's progress."""
-        warmup = self.args.warmup_ratio
-        at = max(self.progress, 1 / self.max_steps)
-        scale = at / warmup if at < warmup else 0.5 * (1 + math.cos(math.pi * (at - warmup) / max(1e-9, 1 - warmup)))
-        for group in optimizer.param_groups:
-            group["lr"] = self.args.learning_rate * scale
-
-    def log(self, losses: dict[str, float], scores: dict[str, float]) -> None:
-        entry = {"step": self.step, "seconds": round(self.seconds, 1), **losses, **scores}
-        self.history.append(entry)
-        self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=self.step)
-        if self.accelerator.is_main_process:
-            write_json(Path(self.args.output_dir) / LOG_FILE, self.history)
-
-    def save(self, output_dir: Path) -> None:
-        """Write a checkpoint under another name first, then remove the oldest."""
-        folder, partial = output_dir / f"step_{self.step:06d}", output_dir / f".step_{self.step:06d}.partial"
-        try:
-            self.accelerator.save_state(str(partial))
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            position = {"step": self.step, "seconds": self.seconds, "history": self.history}
-            write_json(partial / POSITION_FILE, position | {"num_processes": self.accelerator.num_processes})
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            for old in sorted(output_dir.glob("step_*"))[: -self.args.save_total_limit]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def load(self, output_dir: Path) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        found = sorted(output_dir.glob("step_*"))
-        if not found:
-            return
-        position = read_json(found[-1] / POSITION_FILE)
-        if position["num_processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"{found[-1]} was saved by {position['num_processes']} processes, this run has {self.accelerator.num_processes}; "
-                "launch with as many as before."
-            )
-        self.accelerator.load_state(str(found[-1]))
-        self.step, self.seconds_before, self.history = position["step"], position["seconds"], position["history"]
-        self.started, self.seconds = time.perf_counter(), self.seconds_before
-
-
-class _Behaviour:
-    """Loss between what decoded networks and their originals say about images of the task (arXiv 2503.17138)."""
-
-    def __init__(self, args: TrainArguments, zoo: Zoo, codec: Codec, device: torch.device):
-        self.args, self.codec, self.module = args, codec, zoo.module.to(device)
-        self.images = zoo.task.images["train"].to(device)
-        self.mask = codec.layout.value_mask.to(device)
-
-    def __call__(self, reconstruction: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        """Loss of the first networks of a batch: decoded and original tokens `(batch, tokens, token_size)`."""
-        count = min(self.args.behavioural_networks, len(labels))
-        if labels.shape[1] < self.codec.layout.num_tokens:
-            raise ValueError(
-                f"the behavioural loss needs whole networks, but a window of {labels.shape[1]} tokens holds only a part of "
-                f"{self.codec.layout.num_tokens}; use --behavioural-weight 0 or a larger --window-size."
-            )
-        rng = np.random.default_rng([self.args.seed, step])
-        chosen = rng.choice(len(self.images), min(self.args.behavioural_images, len(self.images)), replace=False)
-        images, size = self.images[torch.from_numpy(chosen)], self.codec.layout.num_tokens
-        with torch.no_grad():
-            original = batched_logits(self.module, self.codec.tensors(labels[:count, :size]), images)
-        decoded = self.codec.tensors(reconstruction[:count, :size].float() * self.mask)
-        return behavioural_loss(batched_logits(self.module, decoded, images), original)
-
-
-class _Validation:
-    """Reconstruction and function of the validation split's networks, shared out among the processes."""
-
-    max_networks = 64  # whose function is measured: last checkpoints
-    max_values = 50_000_000  # weights that are held in memory; of a larger split, checkpoints at equal distances
-
-    def __init__(self, zoo: Zoo, codec: Codec, cache: TokenCache, accelerator: Accelerator):
-        self.codec, self.accelerator = codec, accelerator
-        every = -(-len(cache) * codec.layout.num_tokens * codec.layout.token_size // self.max_values)
-        rows = np.arange(0, len(cache), every)[accelerator.process_index :: accelerator.num_processes]
-        self.tokens = codec.normalize(cache.tokens(rows))
-        self.module = zoo.module if zoo.can_run else None
-        if self.module is not None:
-            epochs = zoo.column("validation", "epoch")
-            self.last = torch.from_numpy(epochs[rows] == epochs.max())
-            self.images, self.labels = zoo.task.images["validation"], zoo.task.labels["validation"]
-
-    def __call__(self, model) -> dict[str, float]:
-        """`r2` over all real values; `accuracy_decoded` and `accuracy_original` on the task's validation images, if it has one."""
-        model.eval()
-        decoded = self.codec.decode(self.codec.encode(self.tokens))
-        mask = self.codec.layout.value_mask
-        values = self.tokens[:, mask].double()
-        sums = [((decoded[:, mask] - values) ** 2).sum(), values.sum(), (values**2).sum(), values.numel()]
-        if self.module is not None:
-            self.module.to("cpu")
-            chosen = self.last.nonzero().flatten()[: self.max_networks]
-            sums += [self._accuracy(tokens[chosen]) * len(chosen) for tokens in (decoded, self.tokens)]
-            sums.append(len(chosen))
-        totals = torch.tensor([float(s) for s in sums], dtype=torch.float64)
-        error, total, squares, count, *hits = self.accelerator.reduce(
-            totals.to(self.accelerator.device), "sum"
-        ).tolist()
-        scores = {"r2": 1 - error / (squares - total**2 / count)}
-        if hits:
-            scores |= {"accuracy_decoded": hits[0] / hits[2], "accuracy_original": hits[1] / hits[2]}
-        return scores
-
-    def _accuracy(self, tokens: torch.Tensor) -> float:
-        """Mean accuracy of networks given as tokens; 0 if this process has none."""
-        if not len(tokens):
-            return 0.0
-        logits = batched_logits(self.module, self.codec.tensors(tokens), self.images)
-        return accuracy(logits, self.labels).mean().item()
-
-
-def _finish(args, accelerator, model, tokenizer, zoo, layout, run, output_dir) -> dict[str, Any]:
+def _finish(args, accelerator, model, tokenizer, parts, run, output_dir) -> dict[str, Any]:
     """Save model, tokenizer, card, arguments and results into the output folder."""
     final = run.history[-1]
     results = {
         "steps": run.step,
         "seconds": round(run.seconds, 1),
-        "compression": compression(layout, accelerator.unwrap_model(model).config.latent_size),
+        "compression": compression(parts, accelerator.unwrap_model(model).config.latent_size),
         "num_processes": accelerator.num_processes,
         "seed": args.seed,
-        "validation": {k: final[k] for k in ("r2", "accuracy_decoded", "accuracy_original") if k in final},
+        "validation": {k: v for k, v in final.items() if k.partition("/")[0] in SCORES},
     }
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
         write_json(output_dir / "training_args.json", public_settings(asdict(args)))
-        write_text(output_dir / "README.md", model_card(zoo, results, asdict(args)))
+        write_text(output_dir / "README.md", model_card([part.zoo for part in parts], results, asdict(args)))
         write_json(output_dir / RESULTS_FILE, results)
         if args.push_to_hub:
             repo_id = args.hub_model_id or output_dir.resolve().name
@@ -563,7 +471,7 @@ def _finish(args, accelerator, model, tokenizer, zoo, layout, run, output_dir) -
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `sane train`."""
-    run_command(train, parse_arguments(TrainArguments, argv, PROGRAM), PROGRAM)
+    run_command(train, parse_arguments(TrainArguments, argv, PROGRAM, PRESETS), PROGRAM)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,25 @@ def tiny_zoo(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mlp_zoo(tmp_path_factory) -> Path:
+    """Networks of another architecture on the same task."""
+    from hub_scripts.build_zoo import BuildZooArguments, build_zoo
+
+    folder = tmp_path_factory.mktemp("mlp") / "mlp-zoo"
+    build_zoo(
+        BuildZooArguments(
+            output_dir=str(folder),
+            num_models=6,
+            epochs=1,
+            batch_size=100,
+            architecture="hub_scripts.zoos.architectures:MLP",
+            architecture_kwargs='{"hidden_sizes": [6, 5]}',
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tiny_zoo) -> Path:
     """A SANE model after six steps."""
     from hub_scripts.train import TrainArguments, train

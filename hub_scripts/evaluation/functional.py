@@ -17,8 +17,9 @@ from torch.func import functional_call, vmap
 
 TRUSTED_PREFIXES = ("hub_scripts.zoos.architectures",)  # modules whose functions, not only classes, may be called
 CHUNK_SIZE = 32  # networks at a time; on a CPU larger chunks are not faster and need more memory
-# Convolutions of many networks at once are one grouped convolution. On a CPU that saves calls and costs speed: while the output of
-# a convolution has fewer values than this, all images of a step together, networks at once are faster, above it one by one
+# Convolutions of many networks at once are one grouped convolution. On one CPU core that saves calls and costs speed: while the
+# output of a convolution has fewer values than this, all images of a step together, networks at once are faster, above it
+# one by one. Several threads share a grouped convolution better than many small ones
 LARGE_CONVOLUTION = 50_000
 OPTIMIZERS = ("adamw", "adam", "sgd")
 MOMENTUM = 0.9  # of SGD
@@ -451,7 +452,7 @@ class _Way(NamedTuple):
 @torch.no_grad()
 def _fastest_way(module: nn.Module, stacked: Mapping[str, torch.Tensor], image: torch.Tensor, batch_size: int) -> _Way:
     """Decided by the size of the convolutions, not by a measurement, so that it is the same on every machine."""
-    if image.device.type != "cpu":
+    if image.device.type != "cpu" or torch.get_num_threads() > 1:
         return _Way()
     sizes: list[int] = []
     convolutions = [part for part in module.modules() if isinstance(part, nn.modules.conv._ConvNd)]

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from copy import copy
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ class Zoo:
                 self._select(split, self._table(split), np.arange(len(self.files[split])))
         self._check()
         if layout_id is not None:
-            self._keep({split: np.asarray(rows["layout_id"]) == layout_id for split, rows in self.splits.items()})
-            if not len(self):
+            if layout_id in self.layout_ids:
+                self.__dict__.update(self.of_layout(layout_id).__dict__)
+            else:
                 raise ValueError(f"{self.name} has no checkpoint of the layout {layout_id!r}.")
         if on_error == "skip":
             self._keep({split: self._good_rows(split) for split in self.splits})
@@ -119,6 +121,15 @@ class Zoo:
                         f"{self.name}: model {key[0]!r} has epoch {key[1]} twice, in the rows {seen[key]} and {row} of the "
                         f"{split} split; a model and its epoch name one row."
                     )
+
+    def of_layout(self, layout_id: str) -> "Zoo":
+        """The part of the zoo that has one layout; shares files with it."""
+        part = copy(self)
+        part.splits, part.row_numbers = dict(self.splits), dict(self.row_numbers)
+        for name in ("layout_ids", "symmetries", "module"):  # what was found for the whole zoo
+            part.__dict__.pop(name, None)
+        part._keep({split: np.asarray(rows["layout_id"]) == layout_id for split, rows in self.splits.items()})
+        return part
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.splits.values())

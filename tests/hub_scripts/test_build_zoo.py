@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from datasets import load_dataset
+from filelock import FileLock
 
 from hub_scripts import build_zoo as command
 from hub_scripts.build_zoo import BuildZooArguments, build_zoo
@@ -292,6 +293,14 @@ def test_other_settings_do_not_go_on_with_what_was_begun(tmp_path, monkeypatch):
 def test_nothing_is_left_of_a_build_that_finished_no_group(tmp_path, monkeypatch):
     interrupted_build(tmp_path / "zoo", monkeypatch, after=0, **TINY)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_do_not_build_one_zoo(tmp_path):
+    with (
+        FileLock(tmp_path / ".zoo.lock"),
+        pytest.raises(ValueError, match=r"another process is building .*zoo; wait for it, or end it"),
+    ):
+        build(tmp_path / "zoo", **TINY)
 
 
 KILL = """

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hub_scripts import train as command
 from hub_scripts.train import TrainArguments, train
+from hub_scripts.training.run import Run
 from tests.tiny import TINY_TRAINING as SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ def flags(settings: dict) -> list[str]:
 
 def log(folder: Path) -> list[dict]:
     return [
-        {k: v for k, v in entry.items() if k != "seconds"}
+        {k: v for k, v in entry.items() if k not in ("seconds", "memory_mb") and not k.endswith("_per_second")}
         for entry in json.loads((folder / "training_log.json").read_text())
     ]
 
@@ -84,19 +85,19 @@ def test_an_interrupted_run_goes_on_to_the_same_digits(tiny_model, tiny_zoo, tmp
     class Killed(Exception):
         pass
 
-    saved = command._Run.save
+    saved = Run.save
 
     def killed_after_step_4(run, output_dir):
         saved(run, output_dir)
         if run.step == 4:
             raise Killed
 
-    command._Run.save = killed_after_step_4
+    Run.save = killed_after_step_4
     try:
         with pytest.raises(Killed):
             train(settings)
     finally:
-        command._Run.save = saved
+        Run.save = saved
     assert not (folder / "model.safetensors").exists()
     train(settings)
     assert log(folder) == log(tiny_model)
@@ -173,7 +174,13 @@ def test_a_zoo_that_is_too_small_and_a_window_that_is_too_short_say_so(tiny_zoo,
     with pytest.raises(ValueError, match="a batch of 64 is more than the 21 checkpoints"):
         train(TrainArguments(zoo=str(tiny_zoo), output_dir=str(tmp_path / "a"), **(SETTINGS | {"batch_size": 64})))
     with pytest.raises(ValueError, match="the behavioural loss needs whole networks"):
-        train(TrainArguments(zoo=str(tiny_zoo), output_dir=str(tmp_path / "b"), **(SETTINGS | {"window_size": 5, "behavioural_weight": 0.1})))
+        train(
+            TrainArguments(
+                zoo=str(tiny_zoo),
+                output_dir=str(tmp_path / "b"),
+                **(SETTINGS | {"window_size": 5, "behavioural_weight": 0.1}),
+            )
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hub_scripts.training.parts import Order
 from hub_scripts.zoos.architectures import MLP
 from hub_scripts.zoos.token_cache import TokenCache
 from hub_scripts.zoos.views import LazyDraw, Sample, StepSampler, SymmetryGather, WindowDataset, collate
@@ -360,7 +361,7 @@ def test_items_are_stacked(spec):
 
 
 def steps(**kwargs) -> list:
-    return list(StepSampler(count=11, batch_size=4, last_step=7, seed=5, **kwargs))
+    return list(StepSampler(Order([11], seed=5), batch_size=4, last_step=7, **kwargs))
 
 
 def test_every_epoch_shows_other_checkpoints_once():
@@ -386,6 +387,6 @@ def test_two_processes_share_the_steps_of_one():
 
 def test_batches_that_cannot_be_made_are_refused():
     with pytest.raises(ValueError, match="a batch of 12 is more than the 11 checkpoints"):
-        StepSampler(11, 12, 0, 1, 0)
+        StepSampler(Order([11], 0), 12, 0, 1)
     with pytest.raises(ValueError, match="a batch of 3 does not divide among 2 processes"):
-        StepSampler(11, 3, 0, 1, 0, num_processes=2)
+        StepSampler(Order([11], 0), 3, 0, 1, num_processes=2)

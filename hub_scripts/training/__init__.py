@@ -1,0 +1,1 @@
+"""What pre-training is made of; `hub_scripts/train.py` puts it together."""
