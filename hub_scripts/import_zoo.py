@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hub_scripts.arguments import parse_arguments, require_source, run_command
 from hub_scripts.evaluation.functional import build_module
 from hub_scripts.outputs import new_folder
+from hub_scripts.symmetries import cached_symmetries
 from hub_scripts.zoos.alignment import ZooAligner
 from hub_scripts.zoos.importers import IMPORTERS, importer
 from hub_scripts.zoos.importers.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from hub_scripts.zoos.schema import column_types
 from hub_scripts.zoos.splits import split_models
 from hub_scripts.zoos.tasks import load_task
 from hub_scripts.zoos.writer import EMBED_LIMIT, ZooWriter
-from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, check_finite, find_symmetries
+from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, check_finite
 
 PROGRAM = "sane import-zoo"
 # by which a reference is chosen; test figures take no part in making a zoo
@@ -339,7 +340,9 @@ class _Kinds:
             layout, spec = self._tokenizer.layout(module), None
             if self.args.input_shape is not None:
                 shape = [int(size) for size in self.args.input_shape.split(",")]
-                spec = find_symmetries(module, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)))
+                spec = cached_symmetries(
+                    module, layout, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+                )
             self.writer.add_layout(layout, spec)
             self._known[key] = layout, spec
         return self._known[key]

@@ -13,7 +13,8 @@ from torch import nn
 
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.evaluation.functional import build_module
-from tokenization_sane import PACKINGS, CheckpointFiles, CheckpointLayout, SymmetrySpec, find_symmetries
+from hub_scripts.symmetries import cached_symmetries
+from tokenization_sane import PACKINGS, CheckpointFiles, CheckpointLayout, SymmetrySpec
 
 PROGRAM = "sane inspect-checkpoint"
 LONGEST_LIST = 5  # names of a kind that the table shows
@@ -206,7 +207,7 @@ def search_symmetries(
             f"{type(module).__name__} has no tensor called like any in {source}, whose first is {layout.order[0]}; give "
             "its architecture with --architecture."
         )
-    spec = find_symmetries(module.eval(), _example_inputs(module, _sizes(input_shape)))
+    spec = cached_symmetries(module.eval(), layout, _example_inputs(module, _sizes(input_shape)))
     found = describe_symmetries(spec, layout, f"found in {type(module).__name__}")
     return found | {"tensors_not_in_network": unknown}
 
