@@ -3,7 +3,8 @@
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig
 
 from .alignment_sane import Alignment, WeightMatcher, align, match_weights, weight_distance
-from .checkpoint_sane import CheckpointFiles, CheckpointWriter
+from .checkpoint_sane import CheckpointFiles
+from .checkpoint_writer_sane import CheckpointWriter
 from .find_symmetries_sane import find_symmetries
 from .layout_sane import LAYER_KINDS, PACKINGS, CheckpointLayout, LayerLayout, TensorLayout, TensorSpec
 from .symmetry_sane import SymmetryGroup, SymmetryItem, SymmetrySpec

@@ -1,4 +1,4 @@
-"""Checkpoints of any format to read from, headers first and values on demand; and the writer that does the reverse.
+"""Checkpoints of any format to read from, headers first and values on demand.
 
 | source | header read without values | a slice is read without the rest |
 |---|---|---|
@@ -17,20 +17,21 @@ import json
 import math
 import os
 import re
-import secrets
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .layout_sane import CheckpointLayout, TensorLayout, TensorSpec, check_name, copy_exactly
+from .layout_sane import TensorLayout, TensorSpec, check_name
+from .safetensors_sane import Place, first_line, header_length, parse_header, reason, without_duplicates
+from .specs_sane import module_specs, state_dict_specs, with_recurrent
 
 try:
     import h5py
@@ -42,24 +43,12 @@ SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 KERAS_SUFFIXES = (".h5", ".hdf5")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 FIRST_REQUEST_BYTES = 100_000  # most headers on the Hub are shorter, so that one request is enough
 
-# bits of a value and torch's dtype; of the 4-bit floats, torch keeps two in one element
-_SAFETENSORS_DTYPES = {
-    "F64": (64, "float64"), "F32": (32, "float32"), "F16": (16, "float16"), "BF16": (16, "bfloat16"),
-    "F8_E4M3": (8, "float8_e4m3fn"), "F8_E5M2": (8, "float8_e5m2"), "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
-    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"), "F8_E8M0": (8, "float8_e8m0fnu"), "F4": (4, "float4_e2m1fn_x2"),
-    "C64": (64, "complex64"), "I64": (64, "int64"), "I32": (32, "int32"), "I16": (16, "int16"), "I8": (8, "int8"),
-    "U64": (64, "uint64"), "U32": (32, "uint32"), "U16": (16, "uint16"), "U8": (8, "uint8"), "BOOL": (8, "bool"),
-}  # fmt: skip
-_SAFETENSORS_NAMES = {dtype: name for name, (_, dtype) in _SAFETENSORS_DTYPES.items()}
 _NUMPY_DTYPES = {
     "float64", "float32", "float16", "complex64", "complex128", "bool",
     "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8",
 }  # fmt: skip
-_PACKED = "float4_e2m1fn_x2"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -108,7 +97,7 @@ class CheckpointFiles:
         self.ties = {k: v for k, v in self.ties.items() if v in self._readers and k not in self._readers}
         if any(reader.is_sorted for reader in opened):  # by the writing library: by dtype, and layer10 before layer2
             self.specs.sort(key=lambda spec: _natural(spec.name))
-        self.specs = _with_recurrent(self.specs)
+        self.specs = with_recurrent(self.specs)
 
     def _add(self, reader: Any) -> None:
         self.files.append(Path(reader.where).name)
@@ -240,14 +229,14 @@ class _Repository:
         except (HfHubHTTPError, ValueError) as error:
             raise ValueError(
                 f"{source} is neither a file or folder here nor a model repository that can be read: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         except (HTTPError, OfflineModeIsEnabled, OSError) as error:
             try:
                 self._cached = Path(snapshot_download(self.repo_id, revision=revision or None, local_files_only=True))
             except (OSError, ValueError):
                 raise ValueError(
-                    f"{source} is no file or folder here, the Hub cannot be reached ({_first_line(error)}), and it is "
+                    f"{source} is no file or folder here, the Hub cannot be reached ({first_line(error)}), and it is "
                     "not in the cache."
                 ) from error
             self.names = _Folder(self._cached).names
@@ -291,10 +280,6 @@ class _Repository:
                 if len(found) >= count:
                     break
         return bytes(found[:count])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _open_folder(folder: Any, allow_pickle: bool, index: str | None = None) -> tuple[list, list[str]]:
@@ -348,10 +333,10 @@ def _weight_files(names: list[str], read: list[str]) -> list[str]:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
         weight_map = dict(content["weight_map"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no index of shards: {_reason(error)}.") from error
+        raise ValueError(f"{path} is no index of shards: {reason(error)}.") from error
     for name, file in weight_map.items():
         # a name with a folder in it could lead anywhere
         if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file:
@@ -417,31 +402,6 @@ def _zip_names(path: Path) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------- values in bytes
-class _Place(NamedTuple):
-    """Where the bytes of a tensor stand in a file, and how they are to be read."""
-
-    start: int
-    stop: int
-    dtype: str
-    shape: tuple[int, ...]
-    is_fortran: bool = False
-    is_swapped: bool = False  # True where the most significant byte comes first
-
-    def take(self, raw: torch.Tensor, index: tuple = ()) -> torch.Tensor:
-        """The values at `index`, a view of the bytes `raw` `(stop - start,)` if those stand as values do in memory."""
-        dtype = getattr(torch, self.dtype)
-        size = dtype.itemsize
-        shape = self.shape[::-1] if self.is_fortran else self.shape
-        axes = tuple(range(len(shape))[::-1] if self.is_fortran else range(len(shape)))
-        if raw.storage_offset() % size == 0 and not self.is_swapped:
-            return raw.view(dtype).view(shape).permute(axes)[index]
-        pieces = raw.view(*shape, size).permute(*axes, len(shape))[index]  # the bytes of a value are the last axis
-        if self.is_swapped:
-            parts = 2 if dtype.is_complex else 1
-            pieces = pieces.unflatten(-1, (parts, size // parts)).flip(-1).flatten(-2)
-        return pieces.clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
-
-
 def _map_bytes(path: Path, size: int) -> torch.Tensor:
     """A file as uint8 `(size,)`; pages are read when they are looked at, and writing to them leaves the file alone."""
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
@@ -459,11 +419,11 @@ class _Safetensors:
         self._path, self._size = path, path.stat().st_size
         self._raw: torch.Tensor | None = None
         with path.open("rb") as file:
-            length = _header_length(file.read(8), self._size, self.where)
+            length = header_length(file.read(8), self._size, self.where)
             self._parse(file.read(length))
 
     def _parse(self, header: bytes) -> None:
-        self._places, metadata = _parse_header(header, self._size, self.where)
+        self._places, metadata = parse_header(header, self._size, self.where)
         self.specs = [TensorSpec(name, place.shape, place.dtype) for name, place in self._places.items()]
         self.ties = {
             k: v for k, v in metadata.items() if v in self._places and k not in self._places and k != "format"
@@ -488,7 +448,7 @@ class _RemoteSafetensors(_Safetensors):
         self._repository, self._name = repository, name
         self._size, self._raw = repository.size(name), None
         head = repository.first_bytes(name, min(FIRST_REQUEST_BYTES, max(self._size, 1)))
-        length = _header_length(head[:8], self._size, self.where)
+        length = header_length(head[:8], self._size, self.where)
         if len(head) < 8 + length:
             head = repository.first_bytes(name, 8 + length)
         self._parse(head[8 : 8 + length])
@@ -502,93 +462,6 @@ class _RemoteSafetensors(_Safetensors):
         return super().take(name, index)
 
 
-def _header_length(first: bytes, size: int, where: str) -> int:
-    if len(first) < 8 or size < 10:
-        raise ValueError(f"{where} is no safetensors file: it has only {size} bytes; download it again.")
-    (length,) = struct.unpack("<Q", first)
-    if length > MAX_HEADER_BYTES or length > size - 8:
-        raise ValueError(
-            f"{where} is no valid safetensors file: its header claims {length} bytes, the file has {size} "
-            f"(and {MAX_HEADER_BYTES} is the limit); it is damaged or truncated."
-        )
-    return length
-
-
-def _parse_header(header: bytes, size: int, where: str) -> tuple[dict[str, _Place], dict[str, str]]:
-    """Places of the tensors and the metadata, after checking that the tensors fill the file without hole or overlap.
-
-    Args:
-        header (`bytes`): the JSON, without the eight bytes of its length.
-        size (`int`): bytes of the whole file.
-        where (`str`): the file, for errors.
-    """
-    try:
-        content = json.loads(header.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no valid safetensors file: {_reason(error)}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} is no valid safetensors file: its header is no JSON object.")
-    metadata = content.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{where} is no valid safetensors file: its __metadata__ does not map text to text.")
-    data_start = 8 + len(header)
-    places = {name: _parse_entry(name, entry, data_start, where) for name, entry in content.items()}
-    end, before = data_start, "the header"
-    for name, place in sorted(places.items(), key=lambda pair: pair[1][:2]):
-        if place.stop > size:
-            raise ValueError(
-                f"{where} is truncated: {name} should end at byte {place.stop}, the file has {size}; download it again."
-            )
-        if place.start != end:
-            what = "a hole" if place.start > end else "an overlap"
-            raise ValueError(f"{where} is no valid safetensors file: there is {what} between {before} and {name}.")
-        end, before = place.stop, name
-    if end != size:
-        raise ValueError(f"{where} is no valid safetensors file: {size - end} bytes follow {before}, the last tensor.")
-    return places, metadata
-
-
-def _parse_entry(name: str, entry: Any, data_start: int, where: str) -> _Place:
-    try:
-        code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, start, stop]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: the header does not tell dtype, shape and data_offsets of {name}.") from error
-    if not isinstance(shape, list) or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-        raise ValueError(
-            f"{where}: {name} has shape {shape} and data_offsets {[start, stop]}, expected sizes of 0 or more."
-        )
-    bits, dtype = _SAFETENSORS_DTYPES.get(code, (0, "")) if isinstance(code, str) else (0, "")
-    if not hasattr(torch, dtype):
-        raise ValueError(f"{where}: {name} has dtype {code!r}, which this version of torch does not know.")
-    if 8 * (stop - start) != math.prod(shape) * bits:
-        raise ValueError(
-            f"{where}: {name} has {stop - start} bytes from data_offsets {[start, stop]}, its shape {shape} of {code} "
-            f"needs {math.prod(shape) * bits // 8}; the header lies."
-        )
-    if dtype == _PACKED:
-        if not shape or shape[-1] % 2:
-            raise ValueError(
-                f"{where}: {name} has shape {shape} of {code}; torch holds pairs, so the last size must be even."
-            )
-        shape = [*shape[:-1], shape[-1] // 2]
-    return _Place(data_start + start, data_start + stop, dtype, tuple(shape))
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} stands twice in it")
-        found[name] = value
-    return found
-
-
-def _reason(error: Exception) -> str:
-    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else _first_line(error).rstrip(".")
-
-
-# ---------------------------------------------------------------------------------------------------- NumPy
 class _Numpy:
     """An `.npz` archive. Stored arrays are mapped; a compressed one is unpacked when asked for, and the last one is kept."""
 
@@ -601,7 +474,7 @@ class _Numpy:
         self._path, self._size = path, path.stat().st_size
         self._raw: torch.Tensor | None = None
         self._unpacked: tuple[str, torch.Tensor | None] = ("", None)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self._members: dict[str, str] = {}  # of the compressed arrays
         try:
             with zipfile.ZipFile(path) as archive:
@@ -635,7 +508,7 @@ class _Numpy:
         else:
             self._members[name] = info.filename
         is_swapped = dtype.newbyteorder("=") != dtype
-        self._places[name] = _Place(start, stop, dtype_name, shape, is_fortran, is_swapped)
+        self._places[name] = Place(start, stop, dtype_name, shape, is_fortran, is_swapped)
 
     def _header(self, name: str, file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -645,7 +518,7 @@ class _Numpy:
                 raise ValueError(f"it has format {version}, expected (1, 0) or (2, 0)")
             shape, is_fortran, dtype = readers[version](file)
         except (ValueError, TypeError, SyntaxError) as error:
-            raise ValueError(f"{self.where}: {name} is no NumPy array: {_reason(error)}.") from error
+            raise ValueError(f"{self.where}: {name} is no NumPy array: {reason(error)}.") from error
         if any(size < 0 for size in shape):
             raise ValueError(f"{self.where}: {name} has shape {list(shape)}, expected sizes of 0 or more.")
         return shape, is_fortran, dtype
@@ -722,7 +595,7 @@ class _Keras:
         except ValueError:
             raise
         except (OSError, RuntimeError, KeyError) as error:  # h5py raises all of them for damaged files
-            raise ValueError(f"{path} is a damaged HDF5 file: {_reason(error)}.") from error
+            raise ValueError(f"{path} is a damaged HDF5 file: {reason(error)}.") from error
         self.specs = [
             TensorSpec(
                 name, data.shape, self._dtypes[name], None, len(data.shape) - 1 if len(data.shape) > 1 else None
@@ -760,7 +633,7 @@ class _Keras:
         try:
             values = np.asarray(self._datasets[name][index])
         except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.where}: {name} is damaged: {_reason(error)}.") from error
+            raise ValueError(f"{self.where}: {name} is damaged: {reason(error)}.") from error
         values = np.array(values, dtype=values.dtype.newbyteorder("="), order="C", ndmin=0)
         if self._dtypes[name] == "bfloat16":
             return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
@@ -785,7 +658,7 @@ class _Pickle:
             # older files are no zip archives and cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # unpickling what is damaged can raise anything
-            raise ValueError(f"{path} cannot be read with weights_only=True: {_first_line(error)}") from error
+            raise ValueError(f"{path} cannot be read with weights_only=True: {first_line(error)}") from error
         if not isinstance(content, (Mapping, list, tuple)):
             raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors.")
         self._tensors: dict[str, torch.Tensor] = {}
@@ -824,350 +697,3 @@ def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{name}.")
         else:
             yield name, value
-
-
-# ---------------------------------------------------------------------------------------------------- specs
-def _spec(name: str, tensor: torch.Tensor, kind: str | None = None, row_axis: int | None = None) -> TensorSpec:
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(
-            f"{name} is a {type(tensor).__name__}, a state dict holds tensors; give the inner state dict itself."
-        )
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-        raise ValueError(
-            f"{name} has no shape yet; run the network on an input first, so that its lazy layers get theirs."
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} is {tensor.layout}, a state dict holds dense tensors; call its to_dense() first.")
-    return TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), kind, row_axis)
-
-
-def state_dict_specs(
-    tensors: Mapping[str, torch.Tensor], types: Mapping | None = None
-) -> tuple[list[TensorSpec], dict]:
-    """Specs of a state dict, and its ties: names whose tensor is the very same piece of memory as an earlier one.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`): the state dict.
-        types (`Mapping`, *optional*): name to (kind, row axis), where more than the shape is known.
-    """
-    specs, ties, seen = [], {}, {}
-    for name, tensor in tensors.items():
-        spec = _spec(name, tensor, *(types or {}).get(name, ()))
-        # neighbours in one flat buffer differ in their address; tensors without memory (meta) are told apart by identity
-        if tensor.numel() and tensor.device.type != "meta":
-            key = (tensor.device, tensor.data_ptr(), spec.shape, tensor.stride(), tensor.dtype)
-            key = (*key, tensor.is_conj(), tensor.is_neg())
-        else:
-            key = id(tensor)
-        if key in seen:
-            ties[name] = seen[key]
-        else:
-            seen[key] = name
-            specs.append(spec)
-    return _with_recurrent(specs), ties
-
-
-def module_specs(module: nn.Module) -> tuple[list[TensorSpec], dict]:
-    """As [`state_dict_specs`], with the layer kinds and row axes that the types of the modules tell."""
-    types = {}
-    children = dict(module.named_modules(remove_duplicate=False))
-    for prefix, child in children.items():
-        typed = child
-        if isinstance(child, nn.utils.parametrize.ParametrizationList):  # `x.parametrizations.weight` belongs to `x`
-            typed = children[prefix.rpartition(".")[0].rpartition(".")[0]]
-        named = [
-            *child.named_parameters(recurse=False, remove_duplicate=False),
-            *child.named_buffers(recurse=False, remove_duplicate=False),
-        ]
-        vectors = {len(tensor) for _, tensor in named if _dim(tensor) == 1}
-        for name, tensor in named:
-            types[f"{prefix}.{name}" if prefix else name] = _module_type(typed, tensor, vectors)
-    return state_dict_specs(module.state_dict(keep_vars=True), types)
-
-
-def _dim(tensor: torch.Tensor) -> int:
-    return 0 if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else tensor.dim()
-
-
-def _module_type(module: nn.Module, tensor: torch.Tensor, vectors: set[int]) -> tuple[str | None, int | None]:
-    """Layer kind and row axis that a module's type implies for its tensor; None leaves them to the shapes.
-
-    Args:
-        module (`nn.Module`): that holds the tensor.
-        tensor (`torch.Tensor`): a parameter or buffer of it.
-        vectors (`set[int]`): lengths of the 1-d tensors that stand beside it.
-    """
-    dim = _dim(tensor)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        # stored as (in, out / groups, ...): with groups, no axis holds the output channels
-        return "conv", None if dim < 2 else 1 if module.groups == 1 else 0
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "conv", 0 if dim >= 2 else None
-    if isinstance(module, nn.MultiheadAttention) and dim == 3:  # extra key and value: tokens, no matrices
-        return "other", None
-    if isinstance(module, (nn.Linear, nn.Bilinear, nn.MultiheadAttention)):
-        return "linear", 0 if dim >= 2 else None
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a Linear stored as (in, out)
-        return "linear", 1 if dim >= 2 else None
-    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-        return "norm", None
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return "embedding", 0 if dim >= 2 else None
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return "recurrent", 0 if dim >= 2 else None
-    if dim < 2:
-        return None, None  # scales, shifts and statistics of whatever it is: the shape says enough
-    has_children = next(module.children(), None) is not None
-    if has_children or dim > 2 or tensor.shape[0] not in vectors:
-        return "other", None  # a loose parameter: class tokens, position tables
-    return None, None  # a matrix with its bias, of a linear layer that torch does not know
-
-
-def _with_recurrent(specs: list[TensorSpec]) -> list[TensorSpec]:
-    """Mark the tables of LSTMs and GRUs, which their shapes give away where no module tells.
-
-    All tensors of such a prefix are matrices of R rows and vectors of R, as many of each; half of the matrices (those of the
-    hidden state) have R / 4 columns (LSTM) or R / 3 (GRU). Keras has one vector for two matrices.
-    """
-    groups: dict[str, list[TensorSpec]] = {}
-    for spec in specs:
-        groups.setdefault(spec.name.rpartition(".")[0], []).append(spec)
-    found = {spec.name for members in groups.values() if _is_recurrent(members) for spec in members}
-    return [spec._replace(kind="recurrent") if spec.name in found else spec for spec in specs]
-
-
-def _is_recurrent(members: list[TensorSpec]) -> bool:
-    matrices = [spec for spec in members if len(spec.shape) == 2]
-    vectors = [spec for spec in members if len(spec.shape) == 1]
-    if len(matrices) + len(vectors) != len(members) or any(spec.kind is not None for spec in members):
-        return False
-    rows = {spec.shape[spec.row_axis or 0] for spec in matrices} | {spec.shape[0] for spec in vectors}
-    is_keras = any(spec.row_axis == 1 for spec in matrices)
-    expected = 1 if is_keras else len(matrices)
-    if (
-        len(rows) != 1
-        or 0 in rows
-        or len(matrices) % 2
-        or (is_keras and len(matrices) != 2)
-        or len(vectors) != expected
-    ):
-        return False
-    (size,) = rows
-    columns = [spec.shape[1 - (spec.row_axis or 0)] for spec in matrices]
-    return any(size == gates * hidden and 2 * columns.count(hidden) >= len(columns)
-               for gates in (3, 4) for hidden in set(columns))  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-class CheckpointWriter:
-    """Writes tokens back into a safetensors file, window by window in any order; the reverse of [`CheckpointFiles`].
-
-    The values go straight to their places in a file beside the target, so that memory holds a window and never the model. Only
-    when every token has come, that file takes the target's name; if anything fails, it is removed.
-
-    Args:
-        path (`str` or `Path`): the file to write.
-        layout ([`CheckpointLayout`]): what stands where, in which dtype.
-        passthrough (`Mapping[str, torch.Tensor]`, *optional*): the tensors that are no floating point numbers.
-        overwrite (`bool`): True replaces a file that is there.
-        metadata (`Mapping[str, str]`, *optional*): more text for the file's header, beside `format` and the ties.
-
-    Raises:
-        ValueError: If the file is there, passthrough does not fit the layout, or safetensors cannot hold a tensor.
-        OSError: If there is no room for the file; it is reserved before the first value.
-
-    Example:
-    ```python
-    with CheckpointWriter("copy.safetensors", layout, passthrough) as writer:
-        for window in tokenizer.iter_windows(path):
-            writer.write(window["start"], window["token_values"])
-    ```
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        layout: CheckpointLayout,
-        passthrough: Mapping[str, torch.Tensor] | None = None,
-        overwrite: bool = False,
-        metadata: Mapping[str, str] | None = None,
-    ):
-        self.path, self.layout = Path(path), layout
-        self._passthrough = dict(passthrough or {})
-        _check_passthrough(layout, self._passthrough)
-        if self.path.exists() and not overwrite:
-            raise ValueError(f"{self.path} is there already; pass overwrite=True to replace it.")
-        self._header, self._places = _make_header(layout, metadata or {})
-        self._size = max([len(self._header), *(place.stop for place in self._places.values())])
-        self._partial: Path | None = None
-        self._raw: Any = None
-        self._tables: dict[str, torch.Tensor] = {}
-        self._covered: list[tuple[int, int]] = []  # token ranges, sorted, apart from each other
-
-    def __enter__(self) -> "CheckpointWriter":
-        self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            with self._partial.open("xb") as file:
-                _reserve(file, self._size)
-                file.seek(0)
-                file.write(self._header)
-            self._raw = np.memmap(self._partial, dtype=np.uint8, mode="r+")
-            values = torch.from_numpy(self._raw)
-            for name, place in self._places.items():
-                raw = values[place.start : place.stop]
-                if name in self._passthrough:
-                    # a clone, since the strides of what has only one value may be anything
-                    tensor = self._passthrough[name].detach().cpu().clone(memory_format=torch.contiguous_format)
-                    raw.copy_(tensor.reshape(-1).view(torch.uint8))
-                else:
-                    tensor = self.layout.tensors[name]
-                    # integers of the same width: the bits are what matters, and all of torch's indexing knows them
-                    integers = raw.view(_INTEGERS[tensor.torch_dtype.to_real().itemsize]).view(tensor.real_shape)
-                    self._tables[name] = integers.movedim(tensor.row_axis, 0) if tensor.real_shape else integers[None]
-        except BaseException:
-            self._discard()
-            raise
-        return self
-
-    def write(self, start: int, token_values: torch.Tensor) -> None:
-        """Put tokens into their places; tokens may come twice, the last ones stay.
-
-        Args:
-            start (`int`): position of the first token in the sequence.
-            token_values (`torch.Tensor` of shape `(tokens, token_size)` or `(1, tokens, token_size)`): values as stored, not
-                normalised. What stands on padding is ignored.
-
-        Raises:
-            ValueError: If the tokens do not fit the sequence, or float64 tensors come as anything less.
-        """
-        if self._raw is None:
-            raise ValueError("the writer is not open; use it in a with statement.")
-        values = token_values.detach()
-        values = values[0] if values.dim() == 3 and len(values) == 1 else values
-        if values.dim() != 2 or values.shape[1] != self.layout.token_size:
-            raise ValueError(
-                f"token_values has shape {tuple(token_values.shape)}, expected (tokens, {self.layout.token_size})."
-            )
-        stop = start + len(values)
-        if start < 0 or stop > self.layout.num_tokens:
-            raise ValueError(
-                f"tokens {start} to {stop} do not stand in a sequence of {self.layout.num_tokens} tokens."
-            )
-        values = values.cpu().contiguous()
-        for _, layer, first, end in self.layout.layers_between(start, stop):
-            place = layer.first_token + first - start
-            for piece in layer.pieces(values[place : place + end - first], first):
-                for tensor, columns in piece.tensors(layer.tensors):
-                    self._write_block(tensor, piece.start, columns[0] - tensor.column, piece.columns(columns))
-        self._covered = _joined([*self._covered, (start, stop)])
-
-    def _write_block(self, tensor: TensorLayout, row: int, column: int, block: torch.Tensor) -> None:
-        """Values `(..., rows, columns)` to their place in a tensor's table, which is never laid out as such."""
-        dtype = tensor.torch_dtype.to_real()
-        if dtype == torch.float64 and block.dtype != torch.float64:
-            raise ValueError(
-                f"{tensor.name} is {tensor.dtype}; {block.dtype} tokens would round it. Write float64 tokens."
-            )
-        stored = torch.empty(block.shape, dtype=dtype)
-        copy_exactly(stored, block)
-        bits = stored.view(_INTEGERS[dtype.itemsize]).flatten(0, -2)  # (rows, columns)
-        target = self._tables[tensor.name][row : row + len(bits)]  # (rows, *rest)
-        if bits.shape[1] == tensor.columns:
-            target.copy_(bits.view(target.shape))
-        elif target.dim() == 2:
-            target[:, column : column + bits.shape[1]] = bits
-        else:  # a part of a single row that has several axes
-            places = torch.arange(column, column + bits.shape[1])
-            target[0][torch.unravel_index(places, target.shape[1:])] = bits[0]
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            if kind is None:
-                self._check_complete()
-                self._raw.flush()
-                self._close()
-                self._partial.replace(self.path)
-        finally:
-            self._discard()
-
-    def _check_complete(self) -> None:
-        edges = [0, *(edge for span in self._covered for edge in span), self.layout.num_tokens]
-        missing = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
-        if missing:
-            ranges = ", ".join(f"{a} to {b - 1}" for a, b in missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise ValueError(f"{self.path} is not written: of {self.layout.num_tokens} tokens, {ranges} never came.")
-
-    def _close(self) -> None:
-        self._tables, self._raw = {}, None  # the mapping goes with the last of its views
-
-    def _discard(self) -> None:
-        self._close()
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
-
-
-def _check_passthrough(layout: CheckpointLayout, passthrough: Mapping[str, torch.Tensor]) -> None:
-    expected = {spec.name: spec for spec in layout.passthrough}
-    for name in [*expected, *passthrough]:
-        if name not in passthrough:
-            raise ValueError(
-                f"{name} is not in the tokens (it holds no floating point numbers); give it as passthrough."
-            )
-        if name not in expected:
-            raise ValueError(f"{name} is given as passthrough, the layout has no such tensor beside its tokens.")
-        found = _spec(name, passthrough[name])
-        if found[:3] != expected[name][:3]:
-            raise ValueError(
-                f"{name} is {found.dtype} of shape {found.shape}, the layout expects {expected[name].dtype} of shape "
-                f"{tuple(expected[name].shape)}."
-            )
-
-
-def _make_header(layout: CheckpointLayout, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, _Place]]:
-    """The first bytes of the file, and where each tensor will stand: wide dtypes first, so that all are aligned."""
-    texts = {"format": "pt"}
-    for name, value in [*metadata.items(), *layout.ties.items()]:
-        if name in texts:
-            raise ValueError(f"the header cannot hold {name!r} twice; rename it in metadata.")
-        if name in metadata and value in layout.order:
-            raise ValueError(f"metadata {name!r} is the name of a tensor, {value!r}; readers would take it for a tie.")
-        texts[name] = value
-    places = []
-    specs: Iterable = [*layout.tensors.values(), *layout.passthrough]
-    for spec in specs:
-        if spec.dtype not in _SAFETENSORS_NAMES or spec.name == "__metadata__":
-            raise ValueError(f"{spec.name} is {spec.dtype}, which a safetensors file cannot hold.")
-        places.append((getattr(torch, spec.dtype).itemsize, spec))
-    header: dict[str, Any] = {"__metadata__": texts}
-    relative, end = {}, 0
-    for size, spec in sorted(places, key=lambda pair: -pair[0]):
-        shape = list(spec.shape)
-        start, end = end, end + math.prod(shape) * size
-        stored = [*shape[:-1], shape[-1] * 2] if spec.dtype == _PACKED else shape
-        header[spec.name] = {"dtype": _SAFETENSORS_NAMES[spec.dtype], "shape": stored, "data_offsets": [start, end]}
-        relative[spec.name] = _Place(start, end, spec.dtype, tuple(shape))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    first = 8 + len(text)
-    moved = {n: p._replace(start=p.start + first, stop=p.stop + first) for n, p in relative.items()}
-    return struct.pack("<Q", len(text)) + text, moved
-
-
-def _reserve(file: Any, size: int) -> None:
-    """Claim the room for a file: a mapped write to a full disk would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-        return
-    for start in range(0, size, 2**24):
-        file.write(bytes(min(2**24, size - start)))
-
-
-def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges that touch or overlap as one."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-        else:
-            joined.append((start, stop))
-    return joined

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
-from .checkpoint_sane import CheckpointFiles, module_specs, read_checkpoint, state_dict_specs
+from .checkpoint_sane import CheckpointFiles, read_checkpoint
 from .layout_sane import CheckpointLayout, TensorLayout
+from .specs_sane import module_specs, state_dict_specs
 
 NORMALIZATIONS = ("none", "checkpoint", "zoo")
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"

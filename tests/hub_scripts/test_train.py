@@ -46,6 +46,8 @@ def test_training_leaves_a_model_a_tokenizer_a_card_and_its_last_checkpoints(tin
         "modeling_sane.py",
         "preprocessor_config.json",
         "results.json",
+        "safetensors_sane.py",
+        "specs_sane.py",
         "step_000004",
         "step_000006",
         "tokenization_sane.py",

@@ -18,14 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tokenization_sane.checkpoint_sane import (
-    CheckpointFiles,
-    CheckpointWriter,
-    module_specs,
-    read_checkpoint,
-    state_dict_specs,
-)
+from tokenization_sane import CheckpointWriter
+from tokenization_sane.checkpoint_sane import CheckpointFiles, read_checkpoint
 from tokenization_sane.layout_sane import CheckpointLayout, TensorLayout
+from tokenization_sane.specs_sane import module_specs, state_dict_specs
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoFeatureExtractor, AutoTokenizer
 
 from tokenization_sane import CheckpointLayout, SaneWeightTokenizer
-from tokenization_sane.checkpoint_sane import CheckpointWriter
+from tokenization_sane.checkpoint_writer_sane import CheckpointWriter
 
 torch.set_num_threads(1)
 
