@@ -152,6 +152,14 @@ class TrainArguments:
     )
     num_workers: int = field(default=0, metadata={"help": "Processes that make batches beside each training process."})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute activations again in backward instead of keeping them: less memory."}
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model; the first steps take minutes."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention as transformers calls it: sdpa (default), eager, flash_attention_2."},
+    )
     report_to: str = field(
         default="none", metadata={"help": "Tracker that Accelerate knows (tensorboard, trackio, wandb), or none."}
     )
@@ -229,6 +237,9 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
     # all processes read the zoos together, each row once
     parts = open_parts(zoos, tokenizer, args.cache_dtype, accelerator.process_index, accelerator.num_processes)
     model = _model(args, parts)
+    if args.gradient_checkpointing:
+        # the older name is deprecated, the newer one is not in every version that this package allows
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     config = model.config
     dataset, order = _data(args, parts, config.window_size, accelerator)
     if args.linear_start and not args.model_name_or_path:
@@ -331,6 +342,7 @@ def _accelerator(args: TrainArguments) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dynamo_backend="inductor" if args.torch_compile else None,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
@@ -368,13 +380,14 @@ def _tokenizer(args: TrainArguments) -> SaneWeightTokenizer:
 
 
 def _model(args: TrainArguments, parts: list[Part]) -> SaneForPreTraining:
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     if args.model_name_or_path:
-        return SaneForPreTraining.from_pretrained(args.model_name_or_path)
+        return SaneForPreTraining.from_pretrained(args.model_name_or_path, **attention)
     layouts = [part.layout for part in parts]
     window_size = args.window_size or min(256, max(layout.num_tokens for layout in layouts))
     learned = args.position_encoding == "learned"
     largest = torch.stack([layout.position_ids.amax(0) for layout in layouts]).amax(0)
-    return SaneForPreTraining(
+    return SaneForPreTraining._from_config(
         SaneConfig(
             token_size=layouts[0].token_size,
             latent_size=args.latent_size,
@@ -388,7 +401,8 @@ def _model(args: TrainArguments, parts: list[Part]) -> SaneForPreTraining:
             initializer_range=args.initializer_range,
             contrastive_weight=args.contrastive_weight,
             normalize_targets=args.normalize_targets,
-        )
+        ),
+        **attention,
     )
 
 

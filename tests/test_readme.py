@@ -34,3 +34,11 @@ def test_every_command_of_the_readme_exists():
 
     named = set(re.findall(r"`sane ([a-z-]+)", README))
     assert named == set(COMMANDS)
+
+
+def test_the_simulation_page_holds_what_its_script_computes():
+    from benchmarks.simulate_training import LARGE, PAPER, Device, table
+
+    page = (Path(__file__).parents[1] / "docs" / "simulation.md").read_text(encoding="utf-8")
+    for size in (PAPER, LARGE):
+        assert table(size, Device(989.0, 0.45, 80.0, 50.0))[0] in page

@@ -139,6 +139,7 @@ def test_a_run_can_start_from_any_model(tiny_model, tiny_zoo, tmp_path):
         {"behavioural_weight": 0.0, "window_size": 9},
         {"packing": "paper", "position_encoding": "learned", "linear_start": False},
         {"gradient_accumulation_steps": 2, "normalize_targets": True},
+        {"gradient_checkpointing": True, "attn_implementation": "eager"},
         {"max_minutes": 1e-4},
     ],
 )
