@@ -125,7 +125,11 @@ class BuildZooArguments:
         },
     )
     num_workers: int = field(
-        default=0, metadata={"help": "Processes that train; 0 trains in this one. The networks do not depend on it."}
+        default=0,
+        metadata={
+            "help": "Processes that train, each on one core; 0 trains in this one, also on one core. The networks do not "
+            "depend on it."
+        },
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, as the Hub calls it: mit."})
     seed: int = field(default=0, metadata={"help": "Of initial weights, settings, order of images, and splits."})

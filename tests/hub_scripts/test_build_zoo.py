@@ -329,7 +329,7 @@ def start(name):
 def groups():
     return len(list(parts.glob("group-*")))
 
-moments = [(lambda: True, 0.4)] * 2 + [(lambda n=n: groups() >= n, 0.2) for n in (1, 2, 3, 4, 6)] + [(partial.exists, 0.05)] * 3
+moments = [(lambda: True, 0.4)] * 2 + [(lambda n=n: groups() >= n, 0.05) for n in range(1, 6)] + [(partial.exists, 0.03)] * 3
 for number, (reached, jitter) in enumerate(moments):
     child = start("killed")
     while not reached():
