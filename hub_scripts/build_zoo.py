@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.evaluation.functional import OPTIMIZERS, trains_one_by_one
-from hub_scripts.outputs import MARKER, claim_folder, new_folder, release_folder, require_empty
+from hub_scripts.outputs import claim_folder, new_folder, release_folder, require_empty
+from hub_scripts.symmetries import cached_symmetries
 from hub_scripts.zoos.alignment import ZooAligner
 from hub_scripts.zoos.lineage import Lineage
 from hub_scripts.zoos.population import (
@@ -34,7 +35,7 @@ from hub_scripts.zoos.splits import split_models
 from hub_scripts.zoos.sweep import SWEEPS, Member, draw_members, make_groups, num_combinations
 from hub_scripts.zoos.tasks import Task, load_task
 from hub_scripts.zoos.writer import ZooWriter
-from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, find_symmetries
+from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec
 
 PROGRAM = "sane build-zoo"
 MODELS_PER_BATCH = 64
@@ -258,8 +259,6 @@ def _claim(work: Path, args: BuildZooArguments) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"another process is building {args.output_dir}; wait for it, or end it.") from error
     try:
-        if work.is_dir() and not (work / MARKER).exists():
-            shutil.rmtree(work)  # killed while it was made
         leave_out = (*NOT_IN_ARGUMENTS, "license")
         settings = {k.replace("_", "-"): v for k, v in asdict(args).items() if k not in leave_out}
         claim_folder(work, "build-zoo", settings)
@@ -299,9 +298,10 @@ def _find_kinds(
         module = build_network(args.architecture, member.kwargs, args.seed)
         _check_fits(args, module, member.kwargs, task)
         alone = trains_one_by_one(module, task.images["train"][:1], args.batch_size)
+        layout = SaneWeightTokenizer().layout(module)
         kinds[text] = _Kind(
-            SaneWeightTokenizer().layout(module),
-            find_symmetries(module, task.images["train"][:2]),
+            layout,
+            cached_symmetries(module, layout, task.images["train"][:2]),
             ONE_BY_ONE_PER_BATCH if alone else MODELS_PER_BATCH,
         )
     in_train = {

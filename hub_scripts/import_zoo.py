@@ -37,7 +37,7 @@ class ImportZooArguments:
     r"""Make a zoo (a Hugging Face dataset) out of checkpoints: a folder and a table, a published zoo, Trainer runs, Hub models.
 
     Example:
-      sane import-zoo --format folder checkpoints runs/zoo --properties checkpoints/properties.csv \\
+      sane import-zoo --format folder checkpoints runs/zoo --properties checkpoints/properties.csv \
           --architecture package.module:Callable --input-shape 1,28,28 --align
       sane import-zoo --format modelzoos tune_zoo_mnist runs/zoo --allow-pickle
       sane import-zoo --format hub repositories.txt runs/zoo --revisions all

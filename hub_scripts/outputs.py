@@ -76,6 +76,9 @@ def claim_folder(target: str | Path, command: str, settings: dict[str, Any]) -> 
                 f"{mine['settings'][differ[0]]}; use the same settings to go on, or another --output-dir."
             )
         return True
+    if target.is_dir():
+        for half in target.glob(f".{MARKER}.*"):  # of a process that was killed while it wrote the marker
+            half.unlink()
     require_empty(target)
     target.mkdir(parents=True, exist_ok=True)
     write_json(marker, mine)

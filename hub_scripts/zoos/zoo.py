@@ -126,7 +126,7 @@ class Zoo:
         """The part of the zoo that has one layout; shares files with it."""
         part = copy(self)
         part.splits, part.row_numbers = dict(self.splits), dict(self.row_numbers)
-        for name in ("layout_ids", "symmetries", "module"):  # what was found for the whole zoo
+        for name in ("layout_ids", "symmetries", "module", "can_run"):  # what was found for the whole zoo
             part.__dict__.pop(name, None)
         part._keep({split: np.asarray(rows["layout_id"]) == layout_id for split, rows in self.splits.items()})
         return part
@@ -179,11 +179,16 @@ class Zoo:
         """True if the zoo says which symmetries its networks have."""
         return f"symmetries/{self.layout_id}.json" in self.source.sizes
 
-    @property
+    @cached_property
     def can_run(self) -> bool:
-        """True if the zoo says how its networks are built and what they were trained on."""
-        rows = next(rows for rows in self.splits.values() if len(rows))
-        return bool(self.info.get("task")) and rows[0]["architecture"] is not None
+        """True if the zoo says how its networks are built, all in one way, and what they were trained on."""
+        if not self.info.get("task"):
+            return False
+        try:
+            return self.module is not None
+        except ValueError as error:
+            logger.warning("the networks of %s are not run: %s", self.name, error)
+            return False
 
     @lru_cache  # noqa: B019 (a zoo lives as long as its process)
     def read_layout(self, layout_id: str) -> CheckpointLayout:
@@ -209,12 +214,27 @@ class Zoo:
 
     @cached_property
     def module(self) -> nn.Module:
-        """The zoo's architecture, in eval mode; its weights have no meaning."""
+        """The zoo's architecture, in eval mode; its weights have no meaning.
+
+        Raises:
+            ValueError: If rows name none, or several: tanh and ReLU networks may have one layout.
+        """
         self.layout_id  # noqa: B018 (refuses several)
-        row = next(rows[0] for rows in self.splits.values() if len(rows))
-        if row["architecture"] is None:
+        named: set[tuple[str | None, str]] = set()
+        for rows in self.splits.values():
+            for name, text in set(zip(rows["architecture"], rows["architecture_kwargs"], strict=True)):
+                kwargs = {k: v for k, v in json.loads(text or "{}").items() if k != "dropout"}  # none in eval mode
+                named.add((name, json.dumps(kwargs, sort_keys=True)))
+        if len(named) > 1:
+            shown = " and ".join(f"{name} with {kwargs}" for name, kwargs in sorted(named, key=str)[:2])
+            raise ValueError(
+                f"networks of {self.name} have {len(named)} architectures, {shown}; only a zoo of one can be run. Build or "
+                "import them apart."
+            )
+        ((name, kwargs),) = named
+        if name is None:
             raise ValueError(f"{self.name} does not name its architecture; import it with --architecture.")
-        return build_module(row["architecture"], json.loads(row["architecture_kwargs"] or "{}")).eval()
+        return build_module(name, json.loads(kwargs)).eval()
 
     def where(self, split: str, index: int) -> str:
         """A row, for messages."""

@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from hub_scripts.arguments import parse_arguments, run_command
-from hub_scripts.outputs import claim_folder, new_folder, write_json
+from hub_scripts.outputs import MARKER, claim_folder, new_folder, write_json
 
 
 def test_a_folder_appears_when_all_is_written(tmp_path):
@@ -46,6 +46,13 @@ def test_a_claimed_folder_goes_on_with_the_same_settings_alone(tmp_path):
         claim_folder(tmp_path / "out", "train", {"seed": 2, "rate": [0.1]})
     with pytest.raises(ValueError, match="belongs to `sane train`"):
         claim_folder(tmp_path / "out", "quickstart", {})
+
+
+def test_a_claim_that_was_killed_half_way_is_begun_anew(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{MARKER}.12345").write_text('{"comm')
+    assert not claim_folder(tmp_path / "out", "train", {"seed": 1})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [MARKER]
 
 
 def test_json_is_written_whole_with_plain_numbers(tmp_path):
