@@ -100,6 +100,10 @@ class Zoo:
                 good[index] = True
             except ValueError as error:
                 logger.warning("skipped: %s", error)
+        if not good.all():
+            logger.warning(
+                "%s: %d of %d rows of the %s split are skipped.", self.name, (~good).sum(), len(good), split
+            )
         return good
 
     def _check(self) -> None:

@@ -485,8 +485,31 @@ def test_bad_rows_are_left_out_and_named_where_that_is_asked_for(tiny_zoo, tmp_p
     zoo = Zoo(changed(tiny_zoo, tmp_path, change), on_error="skip")
     assert len(zoo.rows("train")) == len(Zoo(tiny_zoo).rows("train")) - 2
     assert zoo.stacked("train")["fc1.bias"].isfinite().all()
-    assert [record.getMessage().startswith("skipped: ") for record in caplog.records] == [True, True]
+    assert [record.getMessage().startswith("skipped: ") for record in caplog.records] == [True, True, False]
+    assert caplog.records[-1].getMessage().endswith("2 of 21 rows of the train split are skipped.")
     assert "fc1.bias holds 7 NaN or infinite values" in caplog.text
+
+
+def test_two_rows_of_one_model_and_epoch_are_refused(tiny_zoo, tmp_path):
+    def change(rows):
+        rows[1]["epoch"] = rows[0]["epoch"]
+        return rows
+
+    with pytest.raises(ValueError, match="has epoch 0 twice, in the rows 0 and 1 of the train split"):
+        Zoo(changed(tiny_zoo, tmp_path, change))
+
+
+def test_a_zoo_of_several_functions_is_not_run_as_one(tiny_zoo, tmp_path):
+    def change(rows):
+        rows[0]["architecture_kwargs"] = json.dumps(
+            json.loads(rows[0]["architecture_kwargs"]) | {"activation": "relu"}
+        )
+        return rows
+
+    zoo = Zoo(changed(tiny_zoo, tmp_path, change))
+    with pytest.raises(ValueError, match='have 2 architectures, .*"activation": "relu"'):
+        zoo.module  # noqa: B018
+    assert not zoo.can_run
 
 
 def test_a_zoo_of_one_model_says_which_split_is_missing(tiny_zoo, tmp_path):
