@@ -507,7 +507,7 @@ def test_a_zoo_of_several_functions_is_not_run_as_one(tiny_zoo, tmp_path):
         return rows
 
     zoo = Zoo(changed(tiny_zoo, tmp_path, change))
-    with pytest.raises(ValueError, match='have 2 architectures, .*"activation": "relu"'):
+    with pytest.raises(ValueError, match=r'have 2 architectures, .*"activation": "relu"'):
         zoo.module  # noqa: B018
     assert not zoo.can_run
 
