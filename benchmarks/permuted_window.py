@@ -95,7 +95,7 @@ def compare(small: WindowDataset, large: WindowDataset, repeats: int) -> dict[st
 def against_gather(views: WindowDataset, repeats: int) -> dict[str, Any]:
     """A permuted window of one network beside a gather of as many values from positions that are known."""
     size, rng = views.window_size, np.random.default_rng(1)
-    values = views.flat_tokens[0]
+    values = views.cache._flat[0]
     starts = rng.integers(0, views.num_tokens - size + 1, 32).tolist()
     known = [views.gather.draw(start, start + size, rng)[0] for start in starts]
 
