@@ -261,7 +261,9 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
         )
     validation = Validation(list(zip(parts, codecs, strict=True)), accelerator)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
     behaviour = None
     if args.behavioural_weight:

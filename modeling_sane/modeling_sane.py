@@ -169,8 +169,11 @@ class SaneAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Mix `(batch, tokens, hidden_size)`; the mask is the one that `create_bidirectional_mask` makes."""
         B, N, H = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states).view(B, N, 3, -1, self.head_size)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head size)
+        # a split, because the backward of one permuted tensor would stack its three gradients and copy them
+        query, key, value = (
+            part.view(B, N, -1, self.head_size).transpose(1, 2)  # (B, heads, N, head size)
+            for part in self.qkv_proj(hidden_states).split(H, dim=-1)
+        )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
@@ -385,6 +388,21 @@ class SaneModel(SanePreTrainedModel):
         The counterpart of `encode`; values of padding tokens are zero.
         """
         return self._run(self.decoder, latents, position_ids, attention_mask, layer_kind_ids)[0]
+
+    def reconstruct(
+        self,
+        token_values: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        layer_kind_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`encode`, then `decode`: latents and tokens; the positions are embedded once for both."""
+        position_ids = check_window(token_values, position_ids, attention_mask, layer_kind_ids, self.config.token_size)
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+        positions = self.positions(position_ids, layer_kind_ids)
+        latents, _ = self.encoder(token_values, positions, attention_mask)
+        return latents, self.decoder(latents, positions, attention_mask)[0]
 
     def encode_sequence(
         self,
@@ -656,13 +674,11 @@ class SaneForPreTraining(SanePreTrainedModel):
             token_values = torch.cat([token_values, second_token_values])
             value_mask = torch.cat([value_mask, second_value_mask])
             labels = torch.cat([labels, second_labels])
-            position_ids, attention_mask, layer_kind_ids = (
-                ids if ids is None or ids.ndim < rank else torch.cat([ids, ids])
-                for ids, rank in ((position_ids, 3), (attention_mask, 2), (layer_kind_ids, 2))
-            )
         values = token_values.masked_fill(~value_mask, 0.0)
-        latents = self.sane.encode(values, position_ids, attention_mask, layer_kind_ids)
-        reconstruction = self.sane.decode(latents, position_ids, attention_mask, layer_kind_ids)
+        views = [self.sane.reconstruct(view, position_ids, attention_mask, layer_kind_ids) for view in values.split(B)]
+        latents, reconstruction = (torch.cat(parts) for parts in zip(*views, strict=True))
+        if two_views and attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = torch.cat([attention_mask, attention_mask])
 
         counted = value_mask if attention_mask is None else value_mask & attention_mask.bool()[..., None]
         loss_reconstruction = reconstruction_loss(reconstruction, labels, counted, self.config.normalize_targets)
