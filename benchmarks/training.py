@@ -162,7 +162,7 @@ class OurStep:
 
     def __init__(self, config: SaneConfig):
         self.model = SaneForPreTraining(config).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=3e-9)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=3e-9, fused=True)
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Take a step; gives the loss."""
