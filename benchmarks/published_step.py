@@ -170,7 +170,7 @@ class PublishedDataset(Dataset):
         """Tokens, tokens of the second view, mask, positions, properties."""
         sample = self.samples[index]
         tokens, mask, positions, properties = (
-            torch.load(sample, weights_only=False) if isinstance(sample, Path) else sample
+            torch.load(sample, weights_only=True) if isinstance(sample, Path) else sample
         )
         permutation = self.permutations[int(torch.randint(len(self.permutations), ()))]
         permuted = tokens.view(-1).index_select(0, permutation).view_as(tokens)

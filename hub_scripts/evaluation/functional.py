@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 TRUSTED_PREFIXES = ("hub_scripts.zoos.architectures",)  # modules whose functions, not only classes, may be called
+IMAGES_AT_ONCE = 256
 CHUNK_SIZE = 32  # networks at a time; on a CPU larger chunks are not faster and need more memory
 # Convolutions of many networks at once are one grouped convolution. On one CPU core that saves calls and costs speed: while the
 # output of a convolution has fewer values than this, all images of a step together, networks at once are faster, above it
@@ -116,7 +117,9 @@ def batched_logits(
     """
     tensors = _checked(module, tensors)
     with _mode(module, training=False):
-        return _forward(module, tensors, images, chunk_size)
+        # all activations of many networks on thousands of images would take gigabytes
+        parts = [_forward(module, tensors, part, chunk_size) for part in images.split(IMAGES_AT_ONCE)]
+    return torch.cat(parts, dim=1)
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -200,7 +203,7 @@ def evaluate(
     images: torch.Tensor,
     labels: torch.Tensor,
     chunk_size: int = CHUNK_SIZE,
-    batch_size: int = 256,
+    batch_size: int = IMAGES_AT_ONCE,
     subsets: torch.Tensor | None = None,
 ) -> Evaluation:
     """Accuracy and loss of many networks, with memory bounded by `chunk_size` networks on `batch_size` images.

@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import accuracy, batched_logits
+from hub_scripts.evaluation.functional import evaluate
 from hub_scripts.training.parts import Part
 
 MAX_NETWORKS = 64  # whose function is measured: last checkpoints
+MAX_IMAGES = 2000  # on which it is
 MAX_VALUES = 50_000_000  # weights that are held in memory; of a larger split, checkpoints at equal distances
 DEAD = 1e-3  # a latent that varies less than this share of the liveliest one says nothing
 
@@ -57,7 +58,8 @@ class _PartValidation:
             last = torch.from_numpy(epochs[rows] == epochs.max())
             self.chosen = last.nonzero().flatten()[:MAX_NETWORKS]
             task = part.zoo.task
-            self.images, self.labels = task.images["validation"], task.labels["validation"]
+            self.images = task.images["validation"][:MAX_IMAGES]
+            self.labels = task.labels["validation"][:MAX_IMAGES]
             # what the originals can do never changes
             self.hits_original = self._accuracy(self.tokens[self.chosen]) * len(self.chosen)
         mask = codec.layout.value_mask
@@ -107,8 +109,7 @@ class _PartValidation:
         if not len(tokens):
             return 0.0
         self.module.to("cpu")
-        logits = batched_logits(self.module, self.codec.tensors(tokens), self.images)
-        return accuracy(logits, self.labels).mean().item()
+        return float(evaluate(self.module, self.codec.tensors(tokens), self.images, self.labels).accuracy.mean())
 
 
 def _r2(sums: torch.Tensor, names: list[str]) -> dict[str, float]:
