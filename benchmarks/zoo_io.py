@@ -51,7 +51,10 @@ def networks(build: Callable[[], nn.Module], count: int) -> Iterable[dict[str, t
     """State dicts of other values each."""
     module = build()
     for number in range(count):
-        yield {name: tensor + number if tensor.is_floating_point() else tensor for name, tensor in module.state_dict().items()}
+        yield {
+            name: tensor + number if tensor.is_floating_point() else tensor
+            for name, tensor in module.state_dict().items()
+        }
 
 
 def write_zoo(folder: Path, build: Callable[[], nn.Module], count: int, embed_limit: int) -> None:
@@ -82,7 +85,9 @@ def rows_in_and_out(folder: Path, build: Callable[[], nn.Module], count: int) ->
         seconds, _ = timed(lambda name=name, limit=limit: write_zoo(folder / name, build, count, limit))
         zoo = Zoo(folder / name)
         files = range(len(zoo.files["train"].files))
-        read, total = timed(lambda zoo=zoo, files=files: sum(1 for number in files for _ in zoo.read_file("train", number)))
+        read, total = timed(
+            lambda zoo=zoo, files=files: sum(1 for number in files for _ in zoo.read_file("train", number))
+        )
         assert total == count
         figures[name] = {
             "written_per_second": count / (seconds - made),
