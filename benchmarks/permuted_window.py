@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.families import resnet18
 from hub_scripts.zoos.architectures import SmallCNN
 from hub_scripts.zoos.token_cache import TokenCache
 from hub_scripts.zoos.views import Sample, WindowDataset
@@ -34,12 +36,6 @@ SETTINGS = ((32, 64), (288, 8))  # token size, tokens in a window: both networks
 KINDS = (("permutation", "sign"), ("permutation",))
 LARGE_SETTING = (288, 256)
 NUM_ROWS = 4  # checkpoints in the memory-mapped file
-
-
-def resnet18() -> nn.Module:
-    """ResNet-18 with ten classes, as transformers builds it."""
-    sizes = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
-    return ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", num_labels=10))
 
 
 def dataset(

@@ -49,10 +49,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import permuted_window
 from benchmarks.published_step import PERMUTATIONS, PublishedDataset, PublishedStep, Sizes, two_views
 from hub_scripts.outputs import read_json, write_json
-from hub_scripts.training.parts import MixedWindows, Order, Part, open_parts
+from hub_scripts.training.order import Order, StepSampler
+from hub_scripts.training.parts import MixedWindows, Part, open_parts
 from hub_scripts.zoos.architectures import SmallCNN
 from hub_scripts.zoos.token_cache import TokenCache
-from hub_scripts.zoos.views import LazyDraw, StepSampler, SymmetryGather, WindowDataset, collate
+from hub_scripts.zoos.views import LazyDraw, SymmetryGather, WindowDataset, collate
 from hub_scripts.zoos.writer import ZooWriter
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import SaneConfig, SaneForPreTraining

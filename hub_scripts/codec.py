@@ -1,6 +1,6 @@
 """Networks to latents and back: a SANE model and its tokenizer on the networks of one layout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,12 @@ def load_pretrained(source: str | Path) -> tuple[SaneModel, SaneWeightTokenizer]
     """Model (in eval mode) and tokenizer from one folder or Hub repository."""
     require_source(source, "the model")
     return SaneModel.from_pretrained(source).eval(), SaneWeightTokenizer.from_pretrained(source)
+
+
+def compression(layouts: Sequence[CheckpointLayout], latent_size: int) -> float:
+    """Real weight values per latent value, one network of each layout together."""
+    values = sum(layout.num_parameters for layout in layouts)
+    return values / (latent_size * sum(layout.num_tokens for layout in layouts))
 
 
 class Codec:

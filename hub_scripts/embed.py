@@ -92,8 +92,8 @@ def _embed_zoo(
 ) -> list[dict[str, Any]]:
     """Rows with the zoo's own properties, layout by layout."""
     rows = []
-    for layout_id in Zoo(source).layout_ids:
-        zoo = Zoo(source, on_error=on_error, layout_id=layout_id)
+    whole = Zoo(source, on_error=on_error)
+    for zoo in map(whole.of_layout, whole.layout_ids):
         codec = Codec(model, tokenizer, zoo.layout)
         for split, table in zoo.splits.items():
             if not len(table):

@@ -13,6 +13,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from tokenization_sane.safetensors_sane import first_line
+
 
 def explain(error: Exception, revision: str | None = None) -> str:
     """The Hub's own words and what to do about them."""
@@ -31,11 +33,6 @@ def _hint(error: Exception, revision: str | None) -> str:
     if isinstance(error, HTTPError):
         return "the Hub did not answer as it should; try again later, what is done already is kept"
     return "check the name"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return str(error).strip().split("\n")[0]
 
 
 def publish_folder(

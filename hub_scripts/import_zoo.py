@@ -21,11 +21,11 @@ from hub_scripts.zoos.importers import IMPORTERS, importer
 from hub_scripts.zoos.importers.checkpoint import Checkpoint
 from hub_scripts.zoos.importers.options import ImportOptions
 from hub_scripts.zoos.lineage import Lineage
-from hub_scripts.zoos.schema import column_types
+from hub_scripts.zoos.schema import check_weights, column_types
 from hub_scripts.zoos.splits import split_models
 from hub_scripts.zoos.tasks import load_task
 from hub_scripts.zoos.writer import EMBED_LIMIT, ZooWriter
-from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, check_finite
+from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec
 
 PROGRAM = "sane import-zoo"
 # by which a reference is chosen; test figures take no part in making a zoo
@@ -153,7 +153,7 @@ def import_zoo(args: ImportZooArguments) -> dict[str, Any]:
         with tqdm(total=len(checkpoints), desc="import", unit="checkpoint") as bar:
             for model_id, run in groupby(checkpoints, key=lambda one: one.model_id):
                 run = list(run)
-                for one, row, state_dict, last in _read_run(run, kinds, args.on_error, skipped):
+                for one, row, state_dict, last in _read_run(run, kinds, options):
                     split = splits[model_id]
                     lineage.add_checkpoint(one.where, writer.add(split, row, state_dict))
                     written[split] += 1
@@ -218,16 +218,15 @@ def _pixels(task: str | None) -> dict[str, float]:
 
 
 def _read_run(
-    run: list[Checkpoint], kinds: "_Kinds", on_error: str, skipped: list[str]
+    run: list[Checkpoint], kinds: "_Kinds", options: ImportOptions
 ) -> Iterator[tuple[Checkpoint, dict[str, Any], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor] | None]]:
     """Checkpoints of one network with their rows and (aligned) weights; the last one also with its own weights."""
     draw = None
     last: tuple[Checkpoint, Mapping[str, torch.Tensor], CheckpointLayout] | None = None
     # the last one that can be read comes first: its alignment is that of all
     for one in reversed(run):
-        found = _attempt(lambda one=one: kinds.read(one), on_error, skipped)
-        if found is not None:
-            last = (one, *found)
+        with options.skipping():
+            last = (one, *kinds.read(one))
             break
     if last is None:
         return
@@ -235,7 +234,10 @@ def _read_run(
     if aligner is not None:
         draw = aligner.match(last[1])
     for one in run[: run.index(last[0]) + 1]:
-        found = last[1:] if one is last[0] else _attempt(lambda one=one: kinds.read(one), on_error, skipped)
+        found = last[1:] if one is last[0] else None
+        if found is None:
+            with options.skipping():
+                found = kinds.read(one)
         if found is None:
             continue
         state_dict, layout = found
@@ -252,16 +254,6 @@ def _read_run(
             state_dict, columns = aligner.apply(state_dict, draw)
             row |= columns
         yield one, row, state_dict, own
-
-
-def _attempt(read, on_error: str, skipped: list[str]):
-    try:
-        return read()
-    except (ValueError, OSError) as error:
-        if on_error == "refuse":
-            raise
-        skipped.append(str(error))
-        return None
 
 
 class _Kinds:
@@ -307,14 +299,15 @@ class _Kinds:
         Raises:
             ValueError: Naming the file and the tensor.
         """
-        state_dict = one.read()
         try:
-            check_finite(state_dict)
+            state_dict = one.read()
+        except OSError as error:  # other errors name the file themselves
+            raise ValueError(f"{one.where}: {error}") from error
+        try:
             layout = self._layout(one, state_dict)
             if not layout.tensors:
                 raise ValueError("it holds no floating-point tensor, so it has no weights.")
-            if layout.check_tensors(state_dict):
-                raise ValueError(f"its tensors have more dimensions than the layout {layout.fingerprint} expects.")
+            check_weights(state_dict, layout)
             unknown = set(state_dict) - {*layout.order, *layout.ties}
             if unknown:
                 raise ValueError(f"{sorted(unknown)[0]} is not a tensor of {self._key(one)[0]}.")

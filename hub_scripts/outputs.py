@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
+
 MARKER = ".sane"  # names the command that a folder belongs to
+
+
+def cache_folder(name: str) -> Path:
+    """Where things are kept that can be made again: below `SANE_CACHE`, or else beside the Hub's own cache."""
+    return Path(os.environ.get("SANE_CACHE", Path(HF_HOME) / "sane")) / name
 
 
 @contextmanager

@@ -3,18 +3,16 @@
 import hashlib
 import inspect
 import json
-import os
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.constants import HF_HOME
 from torch import nn
 
 import tokenization_sane
-from hub_scripts.outputs import write_text
+from hub_scripts.outputs import cache_folder, write_text
 from tokenization_sane import CheckpointLayout, SymmetrySpec, find_symmetries
 
 LIBRARIES = ("torch", "torch-pruning", "transformers")
@@ -32,8 +30,7 @@ def cached_symmetries(module: nn.Module, layout: CheckpointLayout, example_input
         example_inputs (`Any`): as for `find_symmetries`.
     """
     key = hashlib.sha256(json.dumps(_described(module, example_inputs)).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("SANE_CACHE", Path(HF_HOME) / "sane"))
-    path = root / "symmetries" / f"{layout.fingerprint}-{key}.json"
+    path = cache_folder("symmetries") / f"{layout.fingerprint}-{key}.json"
     if path.is_file():
         return SymmetrySpec.from_json(path.read_text(encoding="utf-8"))
     spec = find_symmetries(module, example_inputs)

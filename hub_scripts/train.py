@@ -19,16 +19,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, require_source, run_command
-from hub_scripts.codec import Codec
+from hub_scripts.codec import Codec, compression
 from hub_scripts.hub import publish_folder
 from hub_scripts.model_cards import model_card, public_settings
 from hub_scripts.outputs import claim_folder, release_folder, write_json, write_text
 from hub_scripts.training.behaviour import Behaviour
-from hub_scripts.training.parts import MixedWindows, Order, Part, open_parts
+from hub_scripts.training.order import Order, StepSampler
+from hub_scripts.training.parts import MixedWindows, Part, open_parts
 from hub_scripts.training.run import Run
 from hub_scripts.training.validation import Validation
 from hub_scripts.zoos.token_cache import STORED
-from hub_scripts.zoos.views import Sample, StepSampler, WindowDataset, collate
+from hub_scripts.zoos.views import Sample, WindowDataset, collate
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import SaneConfig, SaneForPreTraining
 from tokenization_sane import SaneWeightTokenizer
@@ -281,7 +282,7 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
 
     accelerator.print(
         f"{model.__class__.__name__}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{compression(parts, config.latent_size):.2f} weight values per latent value; {len(dataset)} checkpoints, "
+        f"{compression([part.layout for part in parts], config.latent_size):.2f} weight values per latent value; {len(dataset)} checkpoints, "
         f"{run.max_steps} steps, {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
     for part in parts:
@@ -332,12 +333,6 @@ def _data(args: TrainArguments, parts: list[Part], window_size: int, accelerator
         rows = {name: sum(len(part.train) for part in parts if part.zoo.name == name) for name in args.zoo}
         weights = [share[part.zoo.name] * len(part.train) / rows[part.zoo.name] for part in parts]
     return MixedWindows(windows), Order([len(one) for one in windows], args.seed, weights)
-
-
-def compression(parts: list[Part], latent_size: int) -> float:
-    """Real weight values per latent value, one network of each part together."""
-    values = sum(part.layout.num_parameters for part in parts)
-    return values / (latent_size * sum(part.layout.num_tokens for part in parts))
 
 
 def _accelerator(args: TrainArguments) -> Accelerator:
@@ -466,7 +461,9 @@ def _finish(args, accelerator, model, tokenizer, parts, run, output_dir) -> dict
     results = {
         "steps": run.step,
         "seconds": round(run.seconds, 1),
-        "compression": compression(parts, accelerator.unwrap_model(model).config.latent_size),
+        "compression": compression(
+            [part.layout for part in parts], accelerator.unwrap_model(model).config.latent_size
+        ),
         "num_processes": accelerator.num_processes,
         "seed": args.seed,
         "validation": {k: v for k, v in final.items() if k.partition("/")[0] in SCORES},

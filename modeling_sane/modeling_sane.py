@@ -397,10 +397,9 @@ class SaneModel(SanePreTrainedModel):
         layer_kind_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`encode`, then `decode`: latents and tokens; the positions are embedded once for both."""
-        position_ids = check_window(token_values, position_ids, attention_mask, layer_kind_ids, self.config.token_size)
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool()
-        positions = self.positions(position_ids, layer_kind_ids)
+        positions, attention_mask = self._placed(
+            token_values, position_ids, attention_mask, layer_kind_ids, self.config.token_size
+        )
         latents, _ = self.encoder(token_values, positions, attention_mask)
         return latents, self.decoder(latents, positions, attention_mask)[0]
 
@@ -457,10 +456,14 @@ class SaneModel(SanePreTrainedModel):
         )
 
     def _run(self, stack, values, position_ids, attention_mask, layer_kind_ids):
-        position_ids = check_window(values, position_ids, attention_mask, layer_kind_ids, stack.embedding.in_features)
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool()
-        return stack(values, self.positions(position_ids, layer_kind_ids), attention_mask)
+        width = stack.embedding.in_features
+        return stack(values, *self._placed(values, position_ids, attention_mask, layer_kind_ids, width))
+
+    def _placed(self, values, position_ids, attention_mask, layer_kind_ids, width):
+        """Embedded positions and mask of a window, after checking that they fit its values."""
+        position_ids = check_window(values, position_ids, attention_mask, layer_kind_ids, width)
+        mask = None if attention_mask is None else attention_mask.bool()
+        return self.positions(position_ids, layer_kind_ids), mask
 
     def _run_sequence(
         self, stack, values, position_ids, window_size, halo, batch_size, attention_mask, layer_kind_ids

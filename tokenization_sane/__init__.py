@@ -8,7 +8,7 @@ from .checkpoint_writer_sane import CheckpointWriter
 from .find_symmetries_sane import find_symmetries
 from .layout_sane import LAYER_KINDS, PACKINGS, CheckpointLayout, LayerLayout, TensorLayout, TensorSpec
 from .symmetry_sane import SymmetryGroup, SymmetryItem, SymmetrySpec
-from .tokenization_sane import SaneWeightTokenizer, check_finite, merge_moments
+from .tokenization_sane import SaneWeightTokenizer, check_finite, merge_moments, moments_of
 
 
 class SaneWeightTokenizerKey(PreTrainedConfig):

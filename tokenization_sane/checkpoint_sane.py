@@ -96,7 +96,7 @@ class CheckpointFiles:
             self._add(reader)
         self.ties = {k: v for k, v in self.ties.items() if v in self._readers and k not in self._readers}
         if any(reader.is_sorted for reader in opened):  # by the writing library: by dtype, and layer10 before layer2
-            self.specs.sort(key=lambda spec: _natural(spec.name))
+            self.specs.sort(key=lambda spec: natural_key(spec.name))
         self.specs = with_recurrent(self.specs)
 
     def _add(self, reader: Any) -> None:
@@ -166,9 +166,9 @@ def read_checkpoint(source: Any, allow_pickle: bool = False) -> Mapping[str, tor
         return tensors | {name: tensors[kept] for name, kept in files.ties.items()}
 
 
-def _natural(name: str) -> list:
+def natural_key(name: Any) -> list:
     """Sort key that puts layer2 before layer10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(name))]
 
 
 # ---------------------------------------------------------------------------------------------------- which files
@@ -257,7 +257,7 @@ class _Repository:
         if self._cached is None and name.endswith(".safetensors"):
             return _RemoteSafetensors(self, name)
         if name.endswith(PICKLE_SUFFIXES) and not allow_pickle:  # before it is downloaded
-            raise ValueError(_pickle_refused(f"{self.where}/{name}"))
+            raise ValueError(pickle_refused(f"{self.where}/{name}"))
         return _open_file(self.path(name), allow_pickle)
 
     def size(self, name: str) -> int:
@@ -289,7 +289,7 @@ def _open_folder(folder: Any, allow_pickle: bool, index: str | None = None) -> t
     if index is None:
         return [folder.open(name, allow_pickle) for name in files], _weight_files(names, files)
     if index.endswith(".bin.index.json") and not allow_pickle:
-        raise ValueError(_pickle_refused(f"the files of {folder.path(index)}", plural=True))
+        raise ValueError(pickle_refused(f"the files of {folder.path(index)}", plural=True))
     where = str(folder.path(index))
     weight_map = _read_weight_map(Path(where))
     files = sorted(set(weight_map.values()))
@@ -651,7 +651,7 @@ class _Pickle:
 
     def __init__(self, path: Path, allow_pickle: bool):
         if not allow_pickle:
-            raise ValueError(_pickle_refused(path))
+            raise ValueError(pickle_refused(path))
         self.where = str(path)
         self.ignored: dict[str, str] = {}
         try:
@@ -681,7 +681,8 @@ class _Pickle:
         self._tensors = {}
 
 
-def _pickle_refused(what: Any, plural: bool = False) -> str:
+def pickle_refused(what: Any, plural: bool = False) -> str:
+    """Why a pickle is not opened, and what to do."""
     return (
         f"{what} {'are pickles, which' if plural else 'is a pickle, which'} can hold code; pass --allow-pickle "
         "(allow_pickle=True in Python) to read the tensors in it, with weights_only=True."

@@ -492,16 +492,22 @@ def _moments(read: Callable, tensor: TensorLayout, keep: bool = False) -> torch.
         # in the order of the table, whatever the strides: sums in another order differ in the last digit
         values = tensor.to_table(read(tensor, start, stop)) if columns is None else read(tensor, start, stop, columns)
         values = values.detach().to(torch.float64).contiguous()
-        mean = values.mean()
-        if not keep and not torch.isfinite(mean):
+        found = moments_of(values)
+        if not keep and not torch.isfinite(found[1]):
             bad += int((~torch.isfinite(values)).sum())
-        count = torch.tensor(float(values.numel()), dtype=torch.float64)
-        total = merge_moments(total, torch.stack([count, mean, ((values - mean) ** 2).sum()]))
+        total = merge_moments(total, found)
     if bad:
         raise ValueError(
             f"{tensor.name} holds {bad} NaN or infinite values of {tensor.numel}; repair or leave out this checkpoint."
         )
     return torch.zeros(3, dtype=torch.float64) if total is None else total
+
+
+def moments_of(values: torch.Tensor) -> torch.Tensor:
+    """Count, mean and sum of squared deviations of float64 values: `(3,)`."""
+    count = torch.tensor(float(values.numel()), dtype=torch.float64)
+    mean = values.mean() if values.numel() else values.new_zeros(())
+    return torch.stack([count, mean, ((values - mean) ** 2).sum()])
 
 
 def merge_moments(left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:

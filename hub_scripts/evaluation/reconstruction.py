@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hub_scripts.codec import Codec
+from hub_scripts.codec import Codec, compression
 from hub_scripts.evaluation.baselines import r2_score_masked, token_pca
 from hub_scripts.evaluation.functional import accuracy, agreement, batched_logits
 from hub_scripts.zoos.zoo import Zoo
@@ -40,7 +40,7 @@ def measure_reconstruction(zoo: Zoo, codec: Codec) -> tuple[dict[str, Any], dict
         batched_logits(zoo.module, codec.tensors(t[last]), images) for t in (tokens, decoded)
     )
     figures = {
-        "compression": layout.num_parameters / (layout.num_tokens * size),
+        "compression": compression([layout], size),
         "r2": r2_score_masked(tokens, decoded, layout.value_mask),
         "r2_pca": max(r2_score_masked(tokens, floor, layout.value_mask) for floor in floors),
         "accuracy_original": float(accuracy(original_logits, labels).mean()),

@@ -1,6 +1,6 @@
 """The data of a run: checkpoints of one or many zoos, each layout with its own tokens, statistics and symmetries."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,49 +94,3 @@ class MixedWindows(Dataset):
         part = int(np.searchsorted(self.starts, sample.row, side="right")) - 1
         item = self.parts[part][Sample(sample.epoch, int(sample.row - self.starts[part]))]
         return item | {"part": np.int64(part)}
-
-
-class Order:
-    """Which rows an epoch shows, and in which order: a function of seed and epoch alone.
-
-    Without weights an epoch shows each row once. With weights it is as long, but each part gets its share of it, going
-    round its own rows as often as that takes.
-
-    Args:
-        sizes (`Sequence[int]`): rows of each part.
-        seed (`int`): of the order.
-        weights (`Sequence[float]`, *optional*): shares of the parts.
-    """
-
-    def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None):
-        self.sizes, self.seed = list(sizes), seed
-        self.count = sum(sizes)
-        self.shares = None
-        if weights is not None:
-            total = sum(weights)
-            self.shares = [round(self.count * weight / total) for weight in weights]
-            self.count = sum(self.shares)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def epoch(self, epoch: int) -> list[Sample]:
-        """The samples of an epoch; `Sample.epoch` says how often that row has been shown before."""
-        shuffle = self._generator(epoch).permutation
-        if self.shares is None:
-            return [Sample(epoch, int(row)) for row in shuffle(self.count)]
-        samples = [sample for part, share in enumerate(self.shares) for sample in self._share(part, share, epoch)]
-        return [samples[place] for place in shuffle(self.count)]
-
-    def _share(self, part: int, share: int, epoch: int) -> Iterator[Sample]:
-        """Rows of a part, from where the epochs before have ended in its endless sequence of permutations."""
-        size, start = self.sizes[part], sum(self.sizes[:part])
-        place, order, number = epoch * share, None, -1
-        for place in range(epoch * share, (epoch + 1) * share):
-            if place // size != number:
-                number = place // size
-                order = self._generator(number, 1 + part).permutation(size)
-            yield Sample(number, start + int(order[place % size]))
-
-    def _generator(self, epoch: int, part: int = 0) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=self.seed, counter=[1, part, epoch, 0]))

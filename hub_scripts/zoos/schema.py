@@ -22,13 +22,11 @@ import torch
 from datasets import Features, List, Value
 from safetensors import SafetensorError
 
+from tokenization_sane import CheckpointLayout, check_finite
+
 ZOO_FORMAT = 2
 ZOO_FILE = "zoo.json"
 LINEAGE_FILE = "lineage.json"
-# what the commands of this package measure; a zoo may have more
-PROPERTIES = (
-    "train_accuracy", "validation_accuracy", "test_accuracy", "train_loss", "validation_loss", "test_loss", "generalization_gap",
-)  # fmt: skip
 HPARAM = "hparams_"
 _BEFORE = {
     "model_id": Value("string"),
@@ -140,6 +138,13 @@ def weights_from_bytes(content: bytes | None, sha256: str | None = None) -> dict
             "the weights are damaged: their checksum is not the row's weights_sha256. Import or build that model again."
         )
     return state_dict
+
+
+def check_weights(state_dict: Mapping[str, torch.Tensor], layout: CheckpointLayout) -> None:
+    """Refuse weights that do not fit a layout or are not finite; the tensor is named."""
+    if layout.check_tensors(state_dict):
+        raise ValueError(f"its tensors have more dimensions than the layout {layout.fingerprint} expects.")
+    check_finite(state_dict)
 
 
 def checksum(content: bytes) -> str:

@@ -10,8 +10,9 @@ from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_downl
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from hub_scripts.arguments import require_source
-from hub_scripts.hub import explain, first_line
+from hub_scripts.hub import explain
 from hub_scripts.zoos.schema import ZOO_FILE
+from tokenization_sane.safetensors_sane import first_line
 
 logger = logging.getLogger(__name__)
 SIDE_FILES = [ZOO_FILE, "layouts/*", "symmetries/*"]

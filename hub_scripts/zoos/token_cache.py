@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
-from hub_scripts.outputs import read_json, write_json
+from hub_scripts.outputs import cache_folder, read_json, write_json
 from hub_scripts.zoos.zoo import Zoo
-from tokenization_sane import CheckpointLayout, merge_moments
+from tokenization_sane import CheckpointLayout, merge_moments, moments_of
+from tokenization_sane.layout_sane import as_real
 
 # NumPy has no bfloat16, so its bits stand in the file as whole numbers
 STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
@@ -113,8 +113,7 @@ def _folder(zoo: Zoo, split: str, layout: CheckpointLayout, dtype: str) -> Path:
     """Where the tokens are kept, by what they depend on."""
     numbers = hashlib.sha256(np.ascontiguousarray(zoo.row_numbers[split]).tobytes()).hexdigest()
     key = json.dumps([zoo.source.identity, split, numbers, layout.to_json(), dtype])
-    root = Path(os.environ.get("SANE_CACHE", Path(HF_HOME) / "sane"))
-    return root / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return cache_folder("tokens") / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def _fill(zoo: Zoo, split: str, layout: CheckpointLayout, path: Path, dtype: str, rank: int, world_size: int) -> None:
@@ -158,7 +157,7 @@ def _fill_file(zoo: Zoo, split: str, number: int, layout: CheckpointLayout, path
         stacked = {name: torch.stack([one[name] for one in state_dicts]) for name in layout.tensors}
         tokens[rows] = _stored(layout.pack(stacked), tokens.dtype)
         for name, tensor in stacked.items():
-            moments[name] = merge_moments(moments.get(name), _moments(tensor))
+            moments[name] = merge_moments(moments.get(name), moments_of(as_real(tensor).double()))
         rows.clear()
         state_dicts.clear()
 
@@ -171,13 +170,6 @@ def _fill_file(zoo: Zoo, split: str, number: int, layout: CheckpointLayout, path
         write()
     tokens.flush()
     return moments
-
-
-def _moments(tensor: torch.Tensor) -> torch.Tensor:
-    """Count, mean and sum of squared deviations: float64 `(3,)`."""
-    values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
-    mean = values.mean() if values.numel() else values.new_zeros(())
-    return torch.stack([torch.tensor(float(values.numel()), dtype=torch.float64), mean, ((values - mean) ** 2).sum()])
 
 
 def _stored(tokens: torch.Tensor, dtype: np.dtype) -> np.ndarray:

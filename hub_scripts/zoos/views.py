@@ -7,11 +7,11 @@ window alone, so it costs what its window costs, not what the network costs.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from hub_scripts.zoos.token_cache import TokenCache
 from tokenization_sane import CheckpointLayout, SymmetrySpec
@@ -470,58 +470,6 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
     padded = np.zeros((size, *values.shape[1:]), values.dtype)
     padded[: len(values)] = values
     return padded
-
-
-class Order(Protocol):
-    """Which samples an epoch shows, in which order; as many in each epoch."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, epoch: int) -> list[Sample]:
-        """The samples of an epoch."""
-
-
-class StepSampler(Sampler[list[Sample]]):
-    """The samples of each optimizer step, for one of several processes.
-
-    Step `s` takes the same samples whatever the number of processes; so a run goes on exactly where it stopped, by its
-    step number.
-
-    Args:
-        order ([`Order`]): the samples of each epoch; a last incomplete step of an epoch is left out.
-        batch_size (`int`): samples in a step, over all processes.
-        first_step (`int`): where to start.
-        last_step (`int`): where to stop, not included.
-        rank (`int`): this process.
-        num_processes (`int`): all of them.
-    """
-
-    def __init__(
-        self, order: Order, batch_size: int, first_step: int, last_step: int, rank: int = 0, num_processes: int = 1
-    ):
-        if batch_size % num_processes:
-            raise ValueError(f"a batch of {batch_size} does not divide among {num_processes} processes.")
-        self.steps_per_epoch = len(order) // batch_size
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"a batch of {batch_size} is more than the {len(order)} checkpoints of the split; use a smaller one."
-            )
-        self.order, self.batch_size = order, batch_size
-        self.first_step, self.last_step = first_step, last_step
-        self.rank, self.num_processes = rank, num_processes
-
-    def __len__(self) -> int:
-        return self.last_step - self.first_step
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        samples, samples_epoch = [], -1
-        share = self.batch_size // self.num_processes
-        for step in range(self.first_step, self.last_step):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != samples_epoch:
-                samples, samples_epoch = self.order.epoch(epoch), epoch
-            first = place * self.batch_size + self.rank * share
-            yield samples[first : first + share]
 
 
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

@@ -16,10 +16,10 @@ from torch import nn
 
 from hub_scripts.evaluation.functional import build_module
 from hub_scripts.zoos.row_files import RowFiles
-from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, checksum, weights_from_bytes
+from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, check_weights, weights_from_bytes
 from hub_scripts.zoos.source import data_files, open_source
 from hub_scripts.zoos.tasks import SPLITS, Task, load_task
-from tokenization_sane import CheckpointLayout, SymmetrySpec, check_finite
+from tokenization_sane import CheckpointLayout, SymmetrySpec
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,9 @@ class Zoo:
                 self._select(split, self._table(split), np.arange(len(self.files[split])))
         self._check()
         if layout_id is not None:
-            if layout_id in self.layout_ids:
-                self.__dict__.update(self.of_layout(layout_id).__dict__)
-            else:
+            if layout_id not in self.layout_ids:
                 raise ValueError(f"{self.name} has no checkpoint of the layout {layout_id!r}.")
+            self._keep_layout(layout_id)
         if on_error == "skip":
             self._keep({split: self._good_rows(split) for split in self.splits})
             self._check()
@@ -130,10 +129,13 @@ class Zoo:
         """The part of the zoo that has one layout; shares files with it."""
         part = copy(self)
         part.splits, part.row_numbers = dict(self.splits), dict(self.row_numbers)
-        for name in ("layout_ids", "symmetries", "module", "can_run"):  # what was found for the whole zoo
-            part.__dict__.pop(name, None)
-        part._keep({split: np.asarray(rows["layout_id"]) == layout_id for split, rows in self.splits.items()})
+        part._keep_layout(layout_id)
         return part
+
+    def _keep_layout(self, layout_id: str) -> None:
+        for name in ("layout_ids", "symmetries", "module", "can_run"):  # what was found for the whole zoo
+            self.__dict__.pop(name, None)
+        self._keep({split: np.asarray(rows["layout_id"]) == layout_id for split, rows in self.splits.items()})
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.splits.values())
@@ -263,28 +265,25 @@ class Zoo:
                 yield index, self._decode(split, index, content)
 
     def _decode(self, split: str, index: int, content: bytes | None) -> dict[str, torch.Tensor]:
-        file = self._value(split, "weights_file", index)
+        file, sha256 = (self._value(split, name, index) for name in ("weights_file", "weights_sha256"))
         try:
-            if content is None and file is not None:
-                if file not in self.source.sizes:
-                    raise ValueError(f"{file} is missing from the zoo; import that model again.")
-                content = self._weights_file(file, self._value(split, "weights_sha256", index))
-            state_dict = weights_from_bytes(content, self._value(split, "weights_sha256", index))
+            beside = content is None and file is not None
+            state_dict = self._weights_file(file, sha256) if beside else weights_from_bytes(content, sha256)
             layout = self.read_layout(self._value(split, "layout_id", index))
             state_dict |= {alias: state_dict[name] for alias, name in layout.ties.items() if name in state_dict}
-            if layout.check_tensors(state_dict):
-                raise ValueError(f"its tensors have more dimensions than the layout {layout.fingerprint} expects.")
-            check_finite(state_dict)
+            check_weights(state_dict, layout)
         except ValueError as error:
             raise ValueError(f"{self.where(split, index)}: {error}") from error
         return state_dict
 
-    def _weights_file(self, name: str, sha256: str | None) -> bytes:
-        """A file beside the rows; one that came over damaged stays in the Hub's cache, so it is fetched again, once."""
-        content = self.source.fetch(name).read_bytes()
-        if sha256 is not None and checksum(content) != sha256:
-            content = self.source.fetch(name, again=True).read_bytes()
-        return content
+    def _weights_file(self, name: str, sha256: str | None) -> dict[str, torch.Tensor]:
+        """Weights beside the rows; a file that came over damaged stays in the Hub's cache, so it is fetched again, once."""
+        if name not in self.source.sizes:
+            raise ValueError(f"{name} is missing from the zoo; import that model again.")
+        try:
+            return weights_from_bytes(self.source.fetch(name).read_bytes(), sha256)
+        except ValueError:
+            return weights_from_bytes(self.source.fetch(name, again=True).read_bytes(), sha256)
 
     def _value(self, split: str, column: str, index: int) -> Any:
         table = self.splits[split].data.table

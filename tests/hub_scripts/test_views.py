@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hub_scripts.training.parts import Order
+from hub_scripts.training.order import Order, StepSampler
 from hub_scripts.zoos.architectures import MLP
 from hub_scripts.zoos.token_cache import TokenCache
-from hub_scripts.zoos.views import LazyDraw, Sample, StepSampler, SymmetryGather, WindowDataset, collate
+from hub_scripts.zoos.views import LazyDraw, Sample, SymmetryGather, WindowDataset, collate
 from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, find_symmetries
 from tokenization_sane.layout_sane import TensorSpec
 from tokenization_sane.symmetry_sane import SymmetryGroup, SymmetryItem

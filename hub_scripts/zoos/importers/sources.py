@@ -7,16 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenization_sane.checkpoint_sane import KERAS_SUFFIXES, PICKLE_SUFFIXES
+from tokenization_sane.checkpoint_sane import KERAS_SUFFIXES, PICKLE_SUFFIXES, natural_key, pickle_refused
 
 SUFFIXES = (".safetensors", ".npz", *KERAS_SUFFIXES)
 # pickles that trainers leave beside the weights
 _SIDE_FILES = re.compile(r"(optimizer|scheduler|scaler|rng_state\w*|training_args)\.(bin|pt|pth)")
-
-
-def natural_key(name: Any) -> list[tuple[int, str]]:
-    """Sort key that puts model2 before model10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(name))]
 
 
 def require_folder(source: str, name: str) -> Path:
@@ -100,11 +95,6 @@ def layout_source(source: Any, names: Iterable[str]) -> Any:
     names = [name.lower() for name in names]
     is_keras = any(name.endswith(KERAS_SUFFIXES) for name in names)
     return source if is_keras and not any(name.endswith(".safetensors") for name in names) else None
-
-
-def pickle_refused(what: Any) -> str:
-    """Why a pickle is not opened, and what to do."""
-    return f"{what} is a pickle, which can hold code; pass --allow-pickle to read the tensors in it, with weights_only=True."
 
 
 def relative_name(path: Path, source: Path) -> str:

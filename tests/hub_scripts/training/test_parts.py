@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hub_scripts.training.parts import MixedWindows, Order, open_parts
-from hub_scripts.zoos.views import Sample, StepSampler, WindowDataset, collate
+from hub_scripts.training.order import Order, StepSampler
+from hub_scripts.training.parts import MixedWindows, open_parts
+from hub_scripts.zoos.views import Sample, WindowDataset, collate
 from hub_scripts.zoos.zoo import Zoo
 from tokenization_sane import SaneWeightTokenizer
 
