@@ -1,7 +1,9 @@
 """What training costs: a step beside the published one, packings, samples, processes, memory; JSON out.
 
-python benchmarks/training.py --out results.json                   everything; about ten minutes on two cores
+python benchmarks/training.py --out results.json                   everything; three hours on two cores
 python benchmarks/training.py --out results.json --part step       some parts; others are kept as the file has them
+
+The parts `quality`, `ablation` and `architectures` are described in `benchmarks/training_quality.py`.
 
 `step` trains on a zoo of 1,024 small CNNs of random weights (2,146 values in 71 tokens), a whole network in a window.
 Ours is `SaneForPreTraining` as `hub_scripts/train.py` runs it: both views in one pass, losses, backward, clipping,
@@ -23,6 +25,9 @@ the medians of CPU time, which other programs on the machine disturb less.
 Operations are those of the matrix products of layers and attention, two for each product and sum, backward twice the
 forward; softmax, norms, GELU, losses and optimizer are not counted. The peak is what a product of two 2048 x 2048
 matrices reaches in the turns.
+
+`kills` trains a small model on that zoo with one and with two processes, once without and once with five SIGKILLs at random
+times; each time the same command goes on. It tells the largest difference of the last loss and of any weight.
 """
 
 import argparse
@@ -30,6 +35,7 @@ import json
 import os
 import platform
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -43,10 +49,11 @@ import numpy as np
 import torch
 import yaml
 from datasets import Value
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import permuted_window
+from benchmarks import permuted_window, training_quality
 from benchmarks.published_step import PERMUTATIONS, PublishedDataset, PublishedStep, Sizes, two_views
 from hub_scripts.outputs import read_json, write_json
 from hub_scripts.training.order import Order, StepSampler
@@ -67,6 +74,10 @@ TARGETS = {
     "sample_cost": 1.3,  # at most
     "processes": 1.6,
     "memory_growth_mb": 5.0,  # at most
+    "quality_speedup": 5.0,
+    "architectures_loss_of_r2": 0.03,  # at most
+    "kills_one_process": 0.0,  # at most
+    "kills_two_processes": 1e-4,  # at most
 }
 PRESET = yaml.safe_load((ROOT / "hub_scripts" / "configs" / "train" / "small-cnn.yaml").read_text(encoding="utf-8"))
 MODEL_FIELDS = ("token_size", "latent_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -336,6 +347,27 @@ def measure_sample_cost(folder: Path) -> dict[str, Any]:
     return {"windows": found, "ratio": max(figures["sample"]["ratio"] for figures in found.values())}
 
 
+def launch(count: int, *arguments: str) -> subprocess.Popen:
+    """`hub_scripts/train.py` on CPU processes of one thread each, on a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count), "--main_process_port", port]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--multi_gpu"] if count > 1 else ["--cpu"]
+    command += [str(ROOT / "hub_scripts" / "train.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **streams)
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait; a failure is told with the end of what it printed."""
+    _, printed = process.communicate()
+    if process.returncode:
+        raise RuntimeError(printed[-3000:])
+
+
 def measure_processes(folder: Path, steps: int = 60, rounds: int = 2) -> dict[str, Any]:
     """Samples per second of `hub_scripts/train.py --preset small-cnn`, by one and two processes of one thread."""
     open_zoo(folder)
@@ -343,32 +375,8 @@ def measure_processes(folder: Path, steps: int = 60, rounds: int = 2) -> dict[st
     for number in range(rounds):
         for count in speeds:
             output = folder / f"run_{count}_{number}"
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            command = [
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                "--num_processes",
-                str(count),
-                "--main_process_port",
-                port,
-            ]
-            command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            command += ["--multi_gpu"] if count > 1 else ["--cpu"]
-            command += [
-                str(ROOT / "hub_scripts" / "train.py"),
-                "--preset",
-                "small-cnn",
-                "--zoo",
-                str(folder / "small_cnn"),
-            ]
-            command += ["--output-dir", str(output), "--max-steps", str(steps), "--eval-steps", str(steps // 6)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(done.stderr[-3000:])
+            arguments = ["--preset", "small-cnn", "--zoo", str(folder / "small_cnn"), "--output-dir", str(output)]
+            finish(launch(count, *arguments, "--max-steps", str(steps), "--eval-steps", str(steps // 6)))
             # the first entry holds what happens once
             speeds[count] += [entry["samples_per_second"] for entry in read_json(output / "training_log.json")[1:]]
     best, median = ({count: float(pick(found)) for count, found in speeds.items()} for pick in (max, np.median))
@@ -377,6 +385,46 @@ def measure_processes(folder: Path, steps: int = 60, rounds: int = 2) -> dict[st
         "ratio": median[2] / median[1],
         "ratio_of_best": best[2] / best[1],
     }
+
+
+def measure_kills(folder: Path, steps: int = 200, kills: int = 5, seed: int = 0) -> dict[str, Any]:
+    """How far a run that is killed again and again ends from one that is not."""
+    open_zoo(folder)
+    rng = np.random.default_rng(seed)
+    sizes = ["--hidden-size", "32", "--num-hidden-layers", "1", "--latent-size", "8", "--batch-size", "8"]
+    arguments = ["--zoo", str(folder / "small_cnn"), *sizes, "--max-steps", str(steps), "--save-steps", "5"]
+    arguments += ["--eval-steps", "5", "--resume-from-checkpoint", "latest"]
+    found = {}
+    for count in (1, 2):
+        outputs = {name: folder / f"{name}_{count}" for name in ("whole", "killed")}
+        finish(launch(count, *arguments, "--output-dir", str(outputs["whole"])))
+        seen, begun = [], time.perf_counter()
+        points = sorted(rng.choice(np.arange(5, steps - 5), kills, replace=False).tolist())
+        for point in points:
+            process = launch(count, *arguments, "--output-dir", str(outputs["killed"]))
+            # no checkpoint says that the point is reached, so the delay after the last one before it is random as well
+            while process.poll() is None and last_step(outputs["killed"]) < point - 5:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            seen.append(last_step(outputs["killed"]))
+        finish(launch(count, *arguments, "--output-dir", str(outputs["killed"])))
+        logs = [read_json(output / "training_log.json") for output in outputs.values()]
+        weights = [load_file(output / "model.safetensors") for output in outputs.values()]
+        found[f"processes_{count}"] = {
+            "last_checkpoint_at_kill": seen,
+            "seconds": time.perf_counter() - begun,
+            "loss": [log[-1]["loss"] for log in logs],
+            "loss_difference": max(abs(one["loss"] - two["loss"]) for one, two in zip(*logs, strict=True)),
+            "weight_difference": max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]),
+        }
+    return {"steps": steps, "seed": seed, **found}
+
+
+def last_step(folder: Path) -> int:
+    """Step of the newest checkpoint, 0 if there is none."""
+    return max((int(path.name.partition("_")[2]) for path in folder.glob("step_*")), default=0)
 
 
 def measure_memory(folder: Path, steps: int = 10_000, seconds: float = 180.0) -> dict[str, Any]:
@@ -402,12 +450,16 @@ def anonymous_mb() -> float:
 
 
 # ---------------------------------------------------------------------------------------------------- all
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "memory": measure_memory,  # first: what others leave behind would hide what it looks for
     "step": measure_step,
     "resnet": measure_resnet,
     "sample_cost": measure_sample_cost,
     "processes": measure_processes,
+    "kills": measure_kills,
+    "ablation": training_quality.measure_ablation,
+    "architectures": training_quality.measure_architectures,
+    "quality": training_quality.measure_quality,
 }
 
 
@@ -432,6 +484,14 @@ def judge(results: dict[str, Any]) -> None:
         ok["sample_cost"] = results["sample_cost"]["ratio"] <= TARGETS["sample_cost"]
     if "memory" in results:
         ok["memory"] = results["memory"]["growth_mb"] <= TARGETS["memory_growth_mb"]
+    if "kills" in results:
+        for count, name in ((1, "kills_one_process"), (2, "kills_two_processes")):
+            ok[name] = results["kills"][f"processes_{count}"]["loss_difference"] <= TARGETS[name]
+    if "architectures" in results:
+        ok["architectures"] = results["architectures"]["largest_loss_of_r2"] <= TARGETS["architectures_loss_of_r2"]
+    for compression, found in results.get("quality", {}).items():
+        speedups = [found[f"speedup_{name}"] for name in ("r2", "accuracy_decoded")]
+        ok[f"quality_{compression}"] = None not in speedups and min(speedups) >= TARGETS["quality_speedup"]
     results["ok"] = ok
 
 
@@ -442,6 +502,10 @@ def main() -> None:
         "--out", type=Path, required=True, help="the JSON file; parts that are not measured are kept as it has them"
     )
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
+    parser.add_argument(
+        "--zoo", type=Path, help="zoo for quality and ablation; by default 210 CNNs on Fashion-MNIST are trained first"
+    )
+    parser.add_argument("--minutes", type=float, default=30, help="of the published recipe in the part quality")
     parser.add_argument("--threads", type=int, default=1, help="of torch; processes have one each")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -450,7 +514,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SANE_CACHE"] = str(Path(folder) / "cache")
         for name in (name for name in PARTS if name in args.part):
-            results["sizes" if name == "step" else name] = PARTS[name](Path(folder))
+            arguments: dict[str, Any] = {}
+            if name in ("quality", "ablation"):
+                arguments["zoo"] = args.zoo or training_quality.fashion_zoo(Path(folder) / "fashion")
+            if name == "quality":
+                arguments["minutes"] = args.minutes
+            results["sizes" if name == "step" else name] = PARTS[name](Path(folder), **arguments)
             results.setdefault("machine", {})[name] = machine()
             judge(results)
             write_json(args.out, results)

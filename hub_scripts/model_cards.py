@@ -28,7 +28,8 @@ def model_card(zoos: list[Zoo], results: Mapping[str, Any], settings: Mapping[st
         )
         if key in scores
     ]
-    measured = f"R² of the weights {scores['r2']:.3f} at {results['compression']:.2f} weight values a latent value"
+    at = f"at {results['compression']:.2f} weight values a latent value"
+    measured = f"R² of the weights {scores['r2']:.3f} {at}" if "r2" in scores else f"nothing yet, {at}"
     if "accuracy_decoded" in scores:
         measured += (
             f"; decoded networks reach accuracy {scores['accuracy_decoded']:.3f}, the originals "

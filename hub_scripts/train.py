@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, require_source, run_command
 from hub_scripts.codec import Codec, compression
-from hub_scripts.hub import publish_folder
 from hub_scripts.model_cards import model_card, public_settings
 from hub_scripts.outputs import claim_folder, release_folder, write_json, write_text
 from hub_scripts.training.behaviour import Behaviour
 from hub_scripts.training.order import Order, StepSampler
 from hub_scripts.training.parts import MixedWindows, Part, open_parts
+from hub_scripts.training.publishing import Publisher
 from hub_scripts.training.run import Run
 from hub_scripts.training.validation import Validation
 from hub_scripts.zoos.token_cache import STORED
@@ -121,6 +121,9 @@ class TrainArguments:
         default=True, metadata={"help": "Second view: a random symmetry of the network, not only other noise."}
     )
     noise: float = field(default=0.1, metadata={"help": "Multiplicative Gaussian noise on both views; 0 for none."})
+    mask_tokens: float = field(
+        default=0.0, metadata={"help": "Share of the tokens that each view hides, to be decoded from the others."}
+    )
     behavioural_weight: float | None = field(
         default=None,
         metadata={
@@ -165,7 +168,7 @@ class TrainArguments:
         default="none", metadata={"help": "Tracker that Accelerate knows (tensorboard, trackio, wandb), or none."}
     )
     push_to_hub: bool = field(
-        default=False, metadata={"help": "Publish the finished model, tokenizer and card, in one commit."}
+        default=False, metadata={"help": "Publish model, tokenizer and card after each checkpoint, and when the run is finished."}
     )
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Where it goes, namespace/name; by default the name of --output-dir."}
@@ -205,6 +208,8 @@ class TrainArguments:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1.")
+        if not 0 <= self.mask_tokens < 1:
+            raise ValueError(f"--mask-tokens is {self.mask_tokens}, expected at least 0 and less than 1.")
         if self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(f"--resume-from-checkpoint is {self.resume_from_checkpoint!r}, expected 'latest'.")
         if self.cache_dtype not in STORED:
@@ -290,18 +295,32 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
             f"  {part.name}: {len(part.train)} checkpoints of {part.layout.num_parameters:,} values in {part.layout.num_tokens} "
             f"tokens of {part.layout.token_size}"
         )
-    _loop(args, accelerator, model, optimizer, run, loader, behaviour, validation, output_dir)
+    publisher = None
+    if args.push_to_hub and accelerator.is_main_process:
+        publisher = Publisher(args.hub_model_id or output_dir.resolve().name, args.hub_private)
+
+    def publish_checkpoint() -> None:
+        if publisher is not None and not run.finished:
+            publisher.checkpoint(run.step, lambda folder: _write(args, accelerator, model, tokenizer, parts, run, folder))
+
+    _loop(args, accelerator, model, optimizer, run, loader, behaviour, validation, output_dir, publish_checkpoint)
     accelerator.wait_for_everyone()
     if run.is_told_to_end and not run.finished:
         accelerator.print(f"ended at step {run.step}; --resume-from-checkpoint latest goes on from there")
         accelerator.end_training()
         raise SystemExit(128 + signal.SIGTERM)
-    results = _finish(args, accelerator, model, tokenizer, parts, run, output_dir)
+    results = _results(args, accelerator, model, parts, run)
+    if accelerator.is_main_process:
+        _write(args, accelerator, model, tokenizer, parts, run, output_dir)
+        write_json(output_dir / RESULTS_FILE, results)
+        if publisher is not None:
+            print(publisher.finish(output_dir))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
 
-def _loop(args, accelerator, model, optimizer, run, loader, behaviour, validation, output_dir) -> None:
+def _loop(args, accelerator, model, optimizer, run, loader, behaviour, validation, output_dir, after_save) -> None:
     """Steps, evaluations and checkpoints until the run is over or told to end."""
     hidden = not accelerator.is_main_process
     with run, tqdm(total=run.max_steps, initial=run.step, desc="train", unit="step", disable=hidden) as bar:
@@ -315,6 +334,7 @@ def _loop(args, accelerator, model, optimizer, run, loader, behaviour, validatio
                 bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items() if value is not None})
             if run.should_save:
                 run.save(output_dir)
+                after_save()
             if run.finished or run.is_told_to_end:
                 break
 
@@ -325,7 +345,8 @@ def _data(args: TrainArguments, parts: list[Part], window_size: int, accelerator
         spec = part.zoo.symmetries if args.permute and part.zoo.has_symmetries else None
         if args.permute and spec is None:
             accelerator.print(f"{part.name} has no symmetries, so its two views differ by noise alone.")
-        windows.append(WindowDataset(part.train, part.statistics, window_size, spec, args.noise, args.seed))
+        views = {"noise": args.noise, "seed": args.seed, "masked": args.mask_tokens}
+        windows.append(WindowDataset(part.train, part.statistics, window_size, spec, **views))
     weights = None
     if args.zoo_weights is not None:
         # a zoo's share is divided among its layouts by their checkpoints
@@ -455,10 +476,10 @@ def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[st
     return losses
 
 
-def _finish(args, accelerator, model, tokenizer, parts, run, output_dir) -> dict[str, Any]:
-    """Save model, tokenizer, card, arguments and results into the output folder."""
-    final = run.history[-1]
-    results = {
+def _results(args, accelerator, model, parts, run) -> dict[str, Any]:
+    """Figures of the run as it stands."""
+    last = run.history[-1] if run.history else {}
+    return {
         "steps": run.step,
         "seconds": round(run.seconds, 1),
         "compression": compression(
@@ -466,20 +487,17 @@ def _finish(args, accelerator, model, tokenizer, parts, run, output_dir) -> dict
         ),
         "num_processes": accelerator.num_processes,
         "seed": args.seed,
-        "validation": {k: v for k, v in final.items() if k.partition("/")[0] in SCORES},
+        "validation": {k: v for k, v in last.items() if k.partition("/")[0] in SCORES},
     }
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
-        write_json(output_dir / "training_args.json", public_settings(asdict(args)))
-        write_text(output_dir / "README.md", model_card([part.zoo for part in parts], results, asdict(args)))
-        write_json(output_dir / RESULTS_FILE, results)
-        if args.push_to_hub:
-            repo_id = args.hub_model_id or output_dir.resolve().name
-            ignore = ["step_*/*", "trackers/*"]
-            print(publish_folder(output_dir, repo_id, private=args.hub_private, message="Upload SANE", ignore=ignore))
-    accelerator.wait_for_everyone()
-    return results
+
+
+def _write(args, accelerator, model, tokenizer, parts, run, folder: Path) -> None:
+    """Save model, tokenizer, arguments and card into a folder that `from_pretrained` reads."""
+    results = _results(args, accelerator, model, parts, run)
+    accelerator.unwrap_model(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "training_args.json", public_settings(asdict(args)))
+    write_text(folder / "README.md", model_card([part.zoo for part in parts], results, asdict(args)))
 
 
 def main(argv: list[str] | None = None) -> None:

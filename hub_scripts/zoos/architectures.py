@@ -1,5 +1,6 @@
 """Small architectures for populations of networks; named in a zoo as `hub_scripts.zoos.architectures:SmallCNN`."""
 
+import torch
 from torch import nn
 
 ACTIVATIONS = {
@@ -144,6 +145,59 @@ class MLP(nn.Sequential):
             self.add_module(f"drop{index}", _dropout(dropout))
             width = size
         self.head = nn.Linear(width, num_classes)
+
+
+class SmallResNet(nn.Module):
+    """A residual network with batch norm: a convolution, residual blocks of two convolutions, mean over the image, linear.
+
+    Args:
+        image_size (`int`): side of the square images in pixels; any, the mean at the end takes what is left.
+        image_channels (`int`): channels of the images.
+        channels (`tuple[int, ...]`): output channels of the blocks; each block after the first halves the image.
+        num_classes (`int`): outputs.
+        activation (`str`): a key of `ACTIVATIONS`.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 8,
+        image_channels: int = 1,
+        channels: tuple[int, ...] = (8, 12),
+        num_classes: int = 10,
+        activation: str = "relu",
+    ):
+        super().__init__()
+        act, width = _activation(activation), channels[0]
+        self.stem = nn.Sequential(nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), act())
+        self.blocks = nn.Sequential()
+        for index, size in enumerate(channels):
+            self.blocks.append(ResidualBlock(width, size, 1 if index == 0 else 2, act))
+            width = size
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch, num_classes)` of images `(batch, image_channels, image_size, image_size)`."""
+        return self.head(self.blocks(self.stem(images)).mean((2, 3)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with batch norm beside a skip connection, which is a convolution of its own where the shape changes."""
+
+    def __init__(self, width: int, size: int, stride: int, act: type[nn.Module]):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(width, size, 3, stride, padding=1, bias=False), nn.BatchNorm2d(size)
+        self.conv2, self.norm2 = nn.Conv2d(size, size, 3, padding=1, bias=False), nn.BatchNorm2d(size)
+        self.act = act()
+        is_same = stride == 1 and width == size
+        self.skip = (
+            nn.Identity()
+            if is_same
+            else nn.Sequential(nn.Conv2d(width, size, 1, stride, bias=False), nn.BatchNorm2d(size))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, width, side, side)` to `(batch, size, side / stride, side / stride)`."""
+        return self.act(self.skip(x) + self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
 
 
 def _activation(name: str) -> type[nn.Module]:

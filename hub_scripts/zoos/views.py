@@ -401,6 +401,7 @@ class WindowDataset(Dataset):
         noise (`float`): standard deviation of the multiplicative Gaussian noise on both views; 0 for none.
         seed (`int`): of windows, permutations, signs and noise.
         kinds (`Iterable[str]`): kinds of symmetries in the second view, see [`SymmetryGather`].
+        masked (`float`): share of tokens that a view hides, whole; each view hides others, and both must still be decoded.
     """
 
     def __init__(
@@ -412,8 +413,9 @@ class WindowDataset(Dataset):
         noise: float = 0.0,
         seed: int = 0,
         kinds: Iterable[str] = ("permutation", "sign"),
+        masked: float = 0.0,
     ):
-        self.cache, self.window_size, self.noise, self.seed = cache, window_size, noise, seed
+        self.cache, self.window_size, self.noise, self.seed, self.masked = cache, window_size, noise, seed, masked
         layout = cache.layout
         self.num_tokens = layout.num_tokens
         self.is_moved = spec is not None
@@ -444,7 +446,7 @@ class WindowDataset(Dataset):
         clean = (self.cache.window(row, start, stop) - mean) / std
         second = (self._moved(row, start, stop, rng, item["value_mask"]) - mean) / std if self.is_moved else clean
         item |= {"labels": clean, "second_labels": second}
-        item |= {"token_values": self._noisy(clean, rng), "second_token_values": self._noisy(second, rng)}
+        item |= {"token_values": self._disturbed(clean, rng), "second_token_values": self._disturbed(second, rng)}
         if size < self.window_size:
             item = {name: _padded(values, self.window_size) for name, values in item.items()}
         return item | {"row": np.int64(row)}
@@ -459,10 +461,12 @@ class WindowDataset(Dataset):
         values = np.where(mask, self.cache.take(row, source), np.float32(0))
         return values if factors is None else values * factors
 
-    def _noisy(self, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if not self.noise:
-            return values
-        return values * (1 + np.float32(self.noise) * rng.standard_normal(values.shape, dtype=np.float32))
+    def _disturbed(self, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.noise:
+            values = values * (1 + np.float32(self.noise) * rng.standard_normal(values.shape, dtype=np.float32))
+        if self.masked:
+            values = np.where(rng.random(len(values))[:, None] < self.masked, np.float32(0), values)
+        return values
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:

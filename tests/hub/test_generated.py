@@ -41,10 +41,13 @@ def digits_zoo(folder: Path) -> dict[str, bytes]:
 def test_model_and_generated_networks_are_published_with_what_was_measured(hub, run, tmp_path):
     hub.put("me/digits", digits_zoo(tmp_path), "dataset")
     sizes = ["--token-size", "16", "--latent-size", "8", "--hidden-size", "16", "--num-hidden-layers", "1"]
-    settings = ["--max-steps", "2", "--eval-steps", "2", "--save-steps", "2", "--batch-size", "4"]
+    settings = ["--max-steps", "2", "--eval-steps", "2", "--save-steps", "1", "--batch-size", "4"]
     train = ["sane", "train", "--zoo", "me/digits", "--output-dir", tmp_path / "model", *sizes, *settings]
     run([*train, "--push-to-hub", "--hub-model-id", "me/sane", "--hub-private"])
     assert hub.repos()["models/me/sane"]
+    # the first checkpoint was published while training went on
+    titles = [commit.title for commit in hub.commits("me/sane")]
+    assert titles[:2] == ["Upload SANE", "SANE, training at step 1"]
     files = hub.files("me/sane")
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_sane.py"} <= files.keys()
     assert not [name for name in files if name.startswith(("step_", "trackers", ".sane"))]
