@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -27,6 +28,7 @@ from hub_scripts.training.order import Order, StepSampler
 from hub_scripts.training.parts import MixedWindows, Part, open_parts
 from hub_scripts.training.publishing import Publisher
 from hub_scripts.training.run import Run
+from hub_scripts.training.sharding import gathered, whole_model
 from hub_scripts.training.validation import Validation
 from hub_scripts.zoos.token_cache import STORED
 from hub_scripts.zoos.views import Sample, WindowDataset, collate
@@ -300,8 +302,10 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
         publisher = Publisher(args.hub_model_id or output_dir.resolve().name, args.hub_private)
 
     def publish_checkpoint() -> None:
-        if publisher is not None and not run.finished:
-            publisher.checkpoint(run.step, lambda folder: _write(args, accelerator, model, tokenizer, parts, run, folder))
+        if args.push_to_hub and not run.finished:
+            whole = whole_model(model, accelerator)
+            if publisher is not None:
+                publisher.checkpoint(run.step, lambda folder: _write(args, whole, tokenizer, parts, run, folder))
 
     _loop(args, accelerator, model, optimizer, run, loader, behaviour, validation, output_dir, publish_checkpoint)
     accelerator.wait_for_everyone()
@@ -309,9 +313,9 @@ def _train(args: TrainArguments, accelerator: Accelerator, output_dir: Path) -> 
         accelerator.print(f"ended at step {run.step}; --resume-from-checkpoint latest goes on from there")
         accelerator.end_training()
         raise SystemExit(128 + signal.SIGTERM)
-    results = _results(args, accelerator, model, parts, run)
+    results, whole = _results(args, parts, config.latent_size, run), whole_model(model, accelerator)
     if accelerator.is_main_process:
-        _write(args, accelerator, model, tokenizer, parts, run, output_dir)
+        _write(args, whole, tokenizer, parts, run, output_dir)
         write_json(output_dir / RESULTS_FILE, results)
         if publisher is not None:
             print(publisher.finish(output_dir))
@@ -328,7 +332,8 @@ def _loop(args, accelerator, model, optimizer, run, loader, behaviour, validatio
             losses = _step(args, accelerator, model, optimizer, run, batch, behaviour)
             bar.update()
             if run.step % args.eval_steps == 0 or run.finished:
-                scores = validation(model)
+                with gathered(model):
+                    scores = validation(model)
                 run.log(losses, scores)
                 shown = {"loss": losses["loss"], "r2": scores["r2"], "accuracy": scores.get("accuracy_decoded")}
                 bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items() if value is not None})
@@ -468,6 +473,7 @@ def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[st
             optimizer.zero_grad()
         for name, value in terms.items():
             if value is not None:
+                value = value.full_tensor() if isinstance(value, DTensor) else value  # FSDP2's gradient norm
                 losses[name] = losses.get(name, 0.0) + float(value.detach()) * (
                     1 if name == "grad_norm" else len(part) / count
                 )
@@ -476,25 +482,23 @@ def _step(args, accelerator, model, optimizer, run, batch, behaviour) -> dict[st
     return losses
 
 
-def _results(args, accelerator, model, parts, run) -> dict[str, Any]:
+def _results(args: TrainArguments, parts: list[Part], latent_size: int, run: Run) -> dict[str, Any]:
     """Figures of the run as it stands."""
     last = run.history[-1] if run.history else {}
     return {
         "steps": run.step,
         "seconds": round(run.seconds, 1),
-        "compression": compression(
-            [part.layout for part in parts], accelerator.unwrap_model(model).config.latent_size
-        ),
-        "num_processes": accelerator.num_processes,
+        "compression": compression([part.layout for part in parts], latent_size),
+        "num_processes": run.accelerator.num_processes,
         "seed": args.seed,
         "validation": {k: v for k, v in last.items() if k.partition("/")[0] in SCORES},
     }
 
 
-def _write(args, accelerator, model, tokenizer, parts, run, folder: Path) -> None:
+def _write(args: TrainArguments, model: SaneForPreTraining, tokenizer, parts: list[Part], run: Run, folder: Path) -> None:
     """Save model, tokenizer, arguments and card into a folder that `from_pretrained` reads."""
-    results = _results(args, accelerator, model, parts, run)
-    accelerator.unwrap_model(model).save_pretrained(folder)
+    results = _results(args, parts, model.config.latent_size, run)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / "training_args.json", public_settings(asdict(args)))
     write_text(folder / "README.md", model_card([part.zoo for part in parts], results, asdict(args)))
