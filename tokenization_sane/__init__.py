@@ -3,6 +3,7 @@
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig
 
 from .alignment_sane import Alignment, WeightMatcher, align, match_weights, weight_distance
+from .canonical_sane import canonical_order
 from .checkpoint_sane import CheckpointFiles
 from .checkpoint_writer_sane import CheckpointWriter
 from .find_symmetries_sane import find_symmetries
