@@ -352,7 +352,15 @@ def launch(count: int, *arguments: str) -> subprocess.Popen:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count), "--main_process_port", port]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        str(count),
+        "--main_process_port",
+        port,
+    ]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--multi_gpu"] if count > 1 else ["--cpu"]
     command += [str(ROOT / "hub_scripts" / "train.py"), *arguments]

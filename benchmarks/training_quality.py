@@ -196,7 +196,9 @@ def published_run(folder: Path, latent_size: int, minutes: float) -> list[dict[s
             spent += time.process_time() - begin
             if done in marks:
                 scores = validation(step.model)
-                curve.append({"step": done, "cpu_s": spent} | {name: scores[name] for name in ("r2", "accuracy_decoded")})
+                curve.append(
+                    {"step": done, "cpu_s": spent} | {name: scores[name] for name in ("r2", "accuracy_decoded")}
+                )
                 print(curve[-1], flush=True)
             if done == total:
                 break
@@ -264,7 +266,9 @@ def measure_ablation(folder: Path, zoo: Path, steps: int = ABLATION_STEPS) -> di
             result = our_run(zoo, output, *chosen, "--max-steps", str(steps), "--seed", str(seed), every=steps)
             runs.append(result["curve"][-1] | {"compression": result["compression"]})
         keys = ("r2", "accuracy_decoded", "accuracy_original", "effective_rank", "compression", "cpu_s")
-        found[name] = {key: [float(np.mean(v)), float(np.std(v, ddof=1))] for key in keys for v in [[r[key] for r in runs]]}
+        found[name] = {
+            key: [float(np.mean(v)), float(np.std(v, ddof=1))] for key in keys for v in [[r[key] for r in runs]]
+        }
         print(name, found[name], flush=True)
     return found
 

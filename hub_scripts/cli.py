@@ -9,10 +9,13 @@ COMMANDS = {
     "import-zoo": "make a zoo out of checkpoints: folders, published zoos, Trainer runs, Hub repositories",
     "push-zoo": "publish a zoo as a dataset on the Hub",
     "train": "pre-train SANE on a zoo (also: accelerate launch hub_scripts/train.py)",
-    "embed": "embeddings of the checkpoints of a zoo, or of checkpoint files",
+    "embed": "embeddings of the checkpoints of zoos, files and Hub models (also: accelerate launch hub_scripts/embed.py)",
+    "search": "the nearest networks among embedded ones: near-duplicates and the likely parent",
     "probe": "predict properties of networks from their embeddings, against the baselines",
     "sample": "generate new networks around good ones, against the baselines",
     "finetune": "fine-tune sets of networks under one budget",
+    "diff": "which layers moved between two checkpoints, after aligning them",
+    "profile-layers": "layers of a zoo over epochs and depth, and which one is an outlier",
     "inspect-checkpoint": "what is in a checkpoint: layers, tokens, fill",
 }
 

@@ -60,8 +60,8 @@ class InspectArguments:
 
     def __post_init__(self) -> None:
         CheckpointLayout.build([], self.token_size, self.packing)  # checks both
-        _keyword_arguments(self.architecture_kwargs)
-        _sizes(self.input_shape)
+        keyword_arguments(self.architecture_kwargs)
+        input_sizes(self.input_shape)
         if not self.architecture and self.architecture_kwargs != "{}":
             raise ValueError("--architecture-kwargs needs --architecture.")
         if self.input_shape and not (self.symmetries or self.architecture):
@@ -197,7 +197,7 @@ def search_symmetries(
             f"{source} has {layout.num_parameters:,} values; a search builds the network several times over, so it is done "
             f"up to {MOST_PARAMETERS:,}. Search a smaller network of the same family."
         )
-    kwargs = _keyword_arguments(architecture_kwargs)
+    kwargs = keyword_arguments(architecture_kwargs)
     # the user has typed the name, so it may be a function too
     module = build_module(architecture, kwargs, trust=True) if architecture else _module_from_config(source)
     names = {*module.state_dict()}
@@ -207,7 +207,7 @@ def search_symmetries(
             f"{type(module).__name__} has no tensor called like any in {source}, whose first is {layout.order[0]}; give "
             "its architecture with --architecture."
         )
-    spec = cached_symmetries(module.eval(), layout, _example_inputs(module, _sizes(input_shape)))
+    spec = cached_symmetries(module.eval(), layout, example_inputs(module, input_sizes(input_shape)))
     found = describe_symmetries(spec, layout, f"found in {type(module).__name__}")
     return found | {"tensors_not_in_network": unknown}
 
@@ -235,7 +235,7 @@ def _module_from_config(source: str | Path) -> nn.Module:
     return model_class(config)
 
 
-def _example_inputs(module: nn.Module, sizes: tuple[int, ...] | None) -> Any:
+def example_inputs(module: nn.Module, sizes: tuple[int, ...] | None) -> Any:
     """Small inputs for a network: of the given sizes, or as its transformers configuration implies."""
     generator = torch.Generator().manual_seed(0)
     config = getattr(module, "config", None)
@@ -256,7 +256,7 @@ def _example_inputs(module: nn.Module, sizes: tuple[int, ...] | None) -> Any:
     )
 
 
-def _keyword_arguments(text: str) -> dict[str, Any]:
+def keyword_arguments(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -266,7 +266,7 @@ def _keyword_arguments(text: str) -> dict[str, Any]:
     return found
 
 
-def _sizes(text: str | None) -> tuple[int, ...] | None:
+def input_sizes(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.split(",")

@@ -109,7 +109,9 @@ def quickstart(args: QuickstartArguments) -> dict[str, Any]:
     steps(
         "embed",
         "Embedding every checkpoint: one vector that says what kind of network it is.",
-        lambda: _unless(folder / "embeddings", lambda: _embed(zoo, model, str(folder / "embeddings"))),
+        lambda: _unless(
+            folder / "embeddings" / "results.json", lambda: _embed(zoo, model, str(folder / "embeddings"))
+        ),
     )
     steps(
         "reconstruct",

@@ -170,7 +170,8 @@ class TrainArguments:
         default="none", metadata={"help": "Tracker that Accelerate knows (tensorboard, trackio, wandb), or none."}
     )
     push_to_hub: bool = field(
-        default=False, metadata={"help": "Publish model, tokenizer and card after each checkpoint, and when the run is finished."}
+        default=False,
+        metadata={"help": "Publish model, tokenizer and card after each checkpoint, and when the run is finished."},
     )
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Where it goes, namespace/name; by default the name of --output-dir."}
@@ -495,7 +496,9 @@ def _results(args: TrainArguments, parts: list[Part], latent_size: int, run: Run
     }
 
 
-def _write(args: TrainArguments, model: SaneForPreTraining, tokenizer, parts: list[Part], run: Run, folder: Path) -> None:
+def _write(
+    args: TrainArguments, model: SaneForPreTraining, tokenizer, parts: list[Part], run: Run, folder: Path
+) -> None:
     """Save model, tokenizer, arguments and card into a folder that `from_pretrained` reads."""
     results = _results(args, parts, model.config.latent_size, run)
     model.save_pretrained(folder)

@@ -33,7 +33,7 @@ class Embedder:
         chunk_size: int = 64,
     ):
         self.model, self.tokenizer, self.feature, self.chunk_size = model, tokenizer, feature, chunk_size
-        self._codecs: dict[str, tuple[Codec, SymmetrySpec | None]] = {}
+        self._codecs: dict[tuple, tuple[Codec, SymmetrySpec | None]] = {}
 
     @classmethod
     def from_pretrained(cls, source: str | Path, feature: str = DEFAULT_FEATURE) -> "Embedder":
@@ -63,9 +63,10 @@ class Embedder:
         return FEATURES[self.feature](self.latents(tensors, layout), self.codec(layout).layout.layer_ids)
 
     def _known(self, layout: CheckpointLayout) -> tuple[Codec, SymmetrySpec | None]:
-        if layout.fingerprint not in self._codecs:
+        key = (layout.fingerprint, *layout.tensors)  # a fingerprint does not tell the order of the tensors
+        if key not in self._codecs:
             text = self.tokenizer.symmetries.get(layout.fingerprint)
             spec = None if text is None else SymmetrySpec.from_json(text).of_kind("permutation", "sign")
             codec = Codec(self.model, self.tokenizer, layout, self.chunk_size)
-            self._codecs[layout.fingerprint] = (codec, spec)
-        return self._codecs[layout.fingerprint]
+            self._codecs[key] = (codec, spec)
+        return self._codecs[key]

@@ -1,12 +1,20 @@
-"""Read properties of checkpoints from features: a ridge regression whose strength the validation split chooses."""
+"""Read properties of checkpoints from features: ridge regression and boosted trees; the validation split chooses how strong."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import kendalltau
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 ALPHAS = tuple(np.logspace(-3, 6, 19).tolist())
+BANDS = (1.0, 1 / 3, 1 / 10, 0.0)  # factors on groups of features
+TREES = {"max_iter": 300, "learning_rate": 0.05, "max_leaf_nodes": 15, "min_samples_leaf": 10, "max_features": 0.3}
 
 
 class ProbeResult(NamedTuple):
@@ -65,12 +73,16 @@ def ridge_probes(
     test_x: np.ndarray,
     test_ys: Mapping[str, np.ndarray],
     alphas: Sequence[float] = ALPHAS,
+    groups: Sequence[int] | None = None,
 ) -> dict[str, ProbeResult]:
     """Ridge regressions of several properties on the same standardised features, fitted on the train split only.
 
     Scaling, constant features and the means of the properties come from the train split; for each property the strength
     with the smallest squared error on the validation split is taken. All strengths and properties share one
     eigendecomposition, of the features' or the checkpoints' products, whichever are fewer.
+
+    With groups the strength may differ between them (banded ridge, Nunez-Elizalde, Huth and Gallant 2019): each is multiplied by one of
+    `BANDS`, 0 leaves it out, and the validation split chooses together with the strength.
 
     Args:
         train_x (`np.ndarray` of shape `(train_checkpoints, features)`): float.
@@ -80,6 +92,7 @@ def ridge_probes(
         test_x (`np.ndarray` of shape `(test_checkpoints, features)`): float.
         test_ys (`Mapping[str, np.ndarray]`): the same properties, each `(test_checkpoints,)`.
         alphas (`Sequence[float]`): strengths to try, positive.
+        groups (`Sequence[int]`, *optional*): number of features in each group, in their order.
 
     Returns:
         `dict[str, ProbeResult]`: by property; one that does not vary has NaN figures and a note.
@@ -89,33 +102,140 @@ def ridge_probes(
     """
     splits = {"train": (train_x, train_ys), "validation": (val_x, val_ys), "test": (test_x, test_ys)}
     (x, ys), (val_x, val_ys), (test_x, test_ys) = (_checked(name, *split) for name, split in splits.items())
-    if not x.shape[1] == val_x.shape[1] == test_x.shape[1]:
-        raise ValueError(
-            f"the splits have {x.shape[1]}, {val_x.shape[1]} and {test_x.shape[1]} features, expected the same number in each."
-        )
+    _same_width(x, val_x, test_x)
+    groups = [x.shape[1]] if groups is None else list(groups)
+    if sum(groups) != x.shape[1]:
+        raise ValueError(f"the groups have {sum(groups)} features together, the checkpoints {x.shape[1]}.")
     mean, std = x.mean(0), x.std(0)
     varies = std > 1e-7 * np.abs(mean)  # float32 features carry no more digits
     x, val_x, test_x = ((part[:, varies] - mean[varies]) / std[varies] for part in (x, val_x, test_x))
-    fit = _ridge(x, np.asarray(alphas, np.float64))
-
+    owner = np.repeat(np.arange(len(groups)), groups)[varies]
+    fixed = {
+        name: "the property does not vary" if np.ptp(y) == 0 else "no feature varies"
+        for name, y in ys.items()
+        if np.ptp(y) == 0 or not varies.any()
+    }
+    best: dict[
+        str, tuple[float, float, np.ndarray, bool]
+    ] = {}  # error, strength, predictions, at the edge of the grid
+    for bands in _bands(len(groups)) if len(fixed) < len(ys) else ():
+        factors = np.asarray(bands)[owner]
+        fit = _ridge(x * factors, np.asarray(alphas, np.float64))
+        for name in ys.keys() - fixed.keys():
+            centre = ys[name].mean()
+            weights = factors[:, None] * fit(ys[name] - centre)  # (features, alphas)
+            errors = np.square(val_x @ weights + centre - val_ys[name][:, None]).mean(0)
+            least = int(errors.argmin())
+            if name not in best or errors[least] < best[name][0]:
+                edge = len(alphas) > 1 and least in (0, len(alphas) - 1)
+                best[name] = (errors[least], float(alphas[least]), test_x @ weights[:, least] + centre, edge)
     results = {}
     for name, y in ys.items():
-        if np.ptp(y) == 0 or not varies.any():
-            what = "the property does not vary" if np.ptp(y) == 0 else "no feature varies"
+        if name in fixed:
             constant = np.full(len(test_x), y.mean())
-            results[name] = ProbeResult(*[float("nan")] * 3, constant, f"{what} in the train split")
-            continue
-        weights = fit(y - y.mean())  # (features, alphas)
-        errors = np.square(val_x @ weights + y.mean() - val_ys[name][:, None]).mean(0)
-        best = int(errors.argmin())
-        at_edge = len(alphas) > 1 and best in (0, len(alphas) - 1)
-        note = "the best strength lies at the edge of the grid" if at_edge else ""
-        results[name] = _result(test_ys[name], test_x @ weights[:, best] + y.mean(), float(alphas[best]), note)
+            results[name] = ProbeResult(*[float("nan")] * 3, constant, f"{fixed[name]} in the train split")
+        else:
+            _, alpha, predictions, edge = best[name]
+            note = "the best strength lies at the edge of the grid" if edge else ""
+            results[name] = _result(test_ys[name], predictions, alpha, note)
     return results
 
 
+def _bands(count: int) -> list[tuple[float, ...]]:
+    """Factors on `count` groups; only their ratios matter, so the largest is 1."""
+    return [bands for bands in itertools.product(BANDS, repeat=count) if max(bands) == 1.0]
+
+
+def tree_probes(
+    train_x: np.ndarray,
+    train_ys: Mapping[str, np.ndarray],
+    val_x: np.ndarray,
+    val_ys: Mapping[str, np.ndarray],
+    test_x: np.ndarray,
+    test_ys: Mapping[str, np.ndarray],
+    seed: int = 0,
+) -> dict[str, ProbeResult]:
+    """Gradient-boosted trees for each property: what a ridge regression cannot bend to.
+
+    scikit-learn's `HistGradientBoostingRegressor` on the train split, with the number of trees that is best on the validation
+    split. Arguments, returns and errors as of [`ridge_probes`]; `alpha` is the number of trees.
+    """
+    splits = {"train": (train_x, train_ys), "validation": (val_x, val_ys), "test": (test_x, test_ys)}
+    (x, ys), (val_x, val_ys), (test_x, test_ys) = (_checked(name, *split) for name, split in splits.items())
+    _same_width(x, val_x, test_x)
+    results = {}
+    for name, y in ys.items():
+        trees = HistGradientBoostingRegressor(**TREES, early_stopping=False, random_state=seed).fit(x, y)
+        errors = [np.square(found - val_ys[name]).mean() for found in trees.staged_predict(val_x)]
+        count = int(np.argmin(errors)) + 1
+        predictions = next(itertools.islice(trees.staged_predict(test_x), count - 1, None))
+        results[name] = _result(test_ys[name], predictions, float(count), "")
+    return results
+
+
+class CategoryResult(NamedTuple):
+    """How well a category is told on the test split.
+
+    Args:
+        accuracy (`float`): of logistic regression.
+        f1 (`float`): its F1, the mean over the categories.
+        trees_accuracy (`float`): of gradient-boosted trees.
+        trees_f1 (`float`): their F1.
+        majority (`float`): accuracy of always telling the commonest category of the train split.
+    """
+
+    accuracy: float
+    f1: float
+    trees_accuracy: float
+    trees_f1: float
+    majority: float
+
+
+def category_probe(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    val_x: np.ndarray,
+    val_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    seed: int = 0,
+) -> CategoryResult:
+    """Logistic regression, its strength chosen on the validation split, and boosted trees for one category.
+
+    Args:
+        train_x (`np.ndarray` of shape `(train_checkpoints, features)`): float.
+        train_y (`np.ndarray` of shape `(train_checkpoints,)`): text or whole numbers, at least two different ones.
+        val_x (`np.ndarray` of shape `(validation_checkpoints, features)`): float.
+        val_y (`np.ndarray` of shape `(validation_checkpoints,)`): the same category.
+        test_x (`np.ndarray` of shape `(test_checkpoints, features)`): float.
+        test_y (`np.ndarray` of shape `(test_checkpoints,)`): the same category.
+        seed (`int`): of the trees.
+    """
+    fitted = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500)).fit(train_x, train_y)
+        for strength in (1e-3, 1e-2, 1e-1, 1.0)
+    ]
+    linear = max(fitted, key=lambda model: accuracy_score(val_y, model.predict(val_x))).predict(test_x)
+    settings = TREES | {"max_iter": 100}
+    trees = HistGradientBoostingClassifier(**settings, early_stopping=False, random_state=seed)
+    bent = trees.fit(train_x, train_y).predict(test_x)
+    values, counts = np.unique(train_y, return_counts=True)
+    scores = [f(test_y, told) for told in (linear, bent) for f in (accuracy_score, _macro_f1)]
+    return CategoryResult(*map(float, scores), float((test_y == values[counts.argmax()]).mean()))
+
+
+def _macro_f1(true: np.ndarray, told: np.ndarray) -> float:
+    return f1_score(true, told, average="macro", zero_division=0)
+
+
 def bootstrap_r2(
-    y: np.ndarray, predictions: np.ndarray, model_ids: Sequence, count: int = 1000, seed: int = 0, level: float = 0.95
+    y: np.ndarray,
+    predictions: np.ndarray,
+    model_ids: Sequence,
+    count: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    other: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Interval of R² when other models had been in the test split: whole models are drawn, with all of their checkpoints.
 
@@ -126,14 +246,19 @@ def bootstrap_r2(
         count (`int`): draws.
         seed (`int`): of the draws.
         level (`float`): share of the draws inside the interval.
+        other (`np.ndarray` of shape `(checkpoints,)`, *optional*): predictions of another probe; the interval is then that of
+            the first one's R² minus the second one's, on the same draws.
 
     Returns:
         `tuple[float, float]`: low and high end; NaN where the property does not vary.
     """
-    y, predictions = np.asarray(y, np.float64), np.asarray(predictions, np.float64)
+    y = np.asarray(y, np.float64)
     models, owner = np.unique(np.asarray(model_ids), return_inverse=True)
     centred = y - y.mean()  # keeps digits when squares are subtracted below
-    terms = np.stack([np.ones_like(y), centred, np.square(centred), np.square(y - predictions)])
+    error = np.square(y - np.asarray(predictions, np.float64))
+    if other is not None:
+        error = error - np.square(y - np.asarray(other, np.float64))
+    terms = np.stack([np.ones_like(y), centred, np.square(centred), error])
     per_model = np.stack(
         [np.bincount(owner, weights=term, minlength=len(models)) for term in terms], axis=1
     )  # (models, 4)
@@ -143,7 +268,8 @@ def bootstrap_r2(
     varies = spread > 1e-12 * squares.max()  # a draw of one model whose property never changes says nothing
     if not varies.any():
         return float("nan"), float("nan")
-    low, high = np.quantile(1 - error[varies] / spread[varies], [(1 - level) / 2, (1 + level) / 2])
+    best = 1.0 if other is None else 0.0
+    low, high = np.quantile(best - error[varies] / spread[varies], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -166,6 +292,14 @@ def _result(y: np.ndarray, predictions: np.ndarray, alpha: float, note: str) -> 
         return ProbeResult(float("nan"), float("nan"), alpha, predictions, note)
     r2 = 1 - np.square(y - predictions).sum() / total
     return ProbeResult(float(r2), float(kendalltau(y, predictions).statistic), alpha, predictions, note)
+
+
+def _same_width(*parts: np.ndarray) -> None:
+    widths = [part.shape[1] for part in parts]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"the splits have {widths[0]}, {widths[1]} and {widths[2]} features, expected the same number in each."
+        )
 
 
 def _checked(

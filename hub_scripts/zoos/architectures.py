@@ -168,7 +168,9 @@ class SmallResNet(nn.Module):
     ):
         super().__init__()
         act, width = _activation(activation), channels[0]
-        self.stem = nn.Sequential(nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), act())
+        self.stem = nn.Sequential(
+            nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), act()
+        )
         self.blocks = nn.Sequential()
         for index, size in enumerate(channels):
             self.blocks.append(ResidualBlock(width, size, 1 if index == 0 else 2, act))

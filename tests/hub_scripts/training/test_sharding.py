@@ -45,7 +45,13 @@ def test_a_model_that_two_processes_share_is_validated_and_saved_whole(tmp_path)
     torch.save((tokens, positions), tmp_path / "window.pt")
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--standalone", tmp_path / "script.py", tmp_path / "before", tmp_path / "window.pt", tmp_path / "after"]
+    command += [
+        "--standalone",
+        tmp_path / "script.py",
+        tmp_path / "before",
+        tmp_path / "window.pt",
+        tmp_path / "after",
+    ]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
