@@ -18,8 +18,8 @@ from hub_scripts.evaluation.layer_profiles import layer_embeddings, spectral_nor
 from hub_scripts.inspect_checkpoint import (
     MOST_PARAMETERS,
     example_inputs,
-    keyword_arguments,
     input_sizes,
+    keyword_arguments,
     saved_symmetries,
 )
 from hub_scripts.outputs import new_folder, require_empty, write_json

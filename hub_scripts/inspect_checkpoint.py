@@ -257,6 +257,7 @@ def example_inputs(module: nn.Module, sizes: tuple[int, ...] | None) -> Any:
 
 
 def keyword_arguments(text: str) -> dict[str, Any]:
+    """Keyword arguments of an architecture, from JSON."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -267,6 +268,7 @@ def keyword_arguments(text: str) -> dict[str, Any]:
 
 
 def input_sizes(text: str | None) -> tuple[int, ...] | None:
+    """Sizes of one input, from a text such as 3,32,32; None stays."""
     if text is None:
         return None
     parts = text.split(",")

@@ -74,6 +74,68 @@ It knows networks like those of its zoo; others can be tokenised, but what the m
 """
 
 
+def probe_section(zoo: Zoo, results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """What a model's card says of what can be predicted with it, as Markdown.
+
+    Args:
+        zoo (`Zoo`): on which it was measured.
+        results (`Mapping`): what `sane probe` measured: `probe`, `checkpoints`, `left_out`, `categories`, `transfer`.
+        settings (`Mapping`): its arguments.
+    """
+    parts = []
+    for key, title in (
+        ("probe", f"checkpoints of epoch {settings['first_epoch']} and later"),
+        ("probe_all_epochs", "all checkpoints"),
+    ):
+        for name, kinds in results.get(key, {}).items():
+            rows = "\n".join(
+                f"| `{kind}` | {f['num_features']} | {f['r2']:.3f} ({f['r2_low']:.3f} to {f['r2_high']:.3f}) | {f['kendall_tau']:.3f} "
+                f"| {f['trees_r2']:.3f} ({f['trees_r2_low']:.3f} to {f['trees_r2_high']:.3f}) |"
+                for kind, f in kinds.items()
+            )
+            parts.append(
+                f"### {name.replace('_', ' ')}, {title}\n\n| representation | features | ridge R² (95 % interval) | Kendall's τ | "
+                f"trees R² (95 % interval) |\n|---|---|---|---|---|\n{rows}"
+            )
+    for name, kinds in results["categories"].items():
+        rows = "\n".join(
+            f"| `{kind}` | {f['accuracy']:.3f} | {f['f1']:.3f} | {f['trees_accuracy']:.3f} | {f['trees_f1']:.3f} | {f['majority']:.3f} |"
+            for kind, f in kinds.items()
+        )
+        parts.append(
+            f"### {name}, a category\n\n| representation | logistic regression | F1 | trees | F1 | always the commonest |\n"
+            f"|---|---|---|---|---|---|\n{rows}"
+        )
+    for source, names in results["transfer"].items():
+        rows = "\n".join(
+            f"| {name} | `{kind}` | {f['ridge']['kendall_tau']:.3f} | {f['trees']['kendall_tau']:.3f} | {f['ridge']['bias']:.3f} "
+            f"| {f['ridge']['mean_absolute_error']:.3f} |"
+            for name, kinds in names.items()
+            for kind, f in kinds.items()
+        )
+        parts.append(
+            f"### Used on {Path(source).name}\n\n| property | representation | ridge τ | trees τ | bias | mean absolute error |\n"
+            f"|---|---|---|---|---|---|\n{rows}"
+        )
+    counts = ", ".join(f"{count} {split}" for split, count in results["checkpoints"].items())
+    left = "".join(
+        f" `{name}` is missing for {sum(counts.values())} of them, which are left out for it."
+        for name, counts in results["left_out"].items()
+    )
+    return (
+        f"""## What can be predicted
+
+On {_title(zoo)}: {counts} checkpoints, split by model.{left} Probes are fitted on the train split, their strength is chosen on the
+validation split; intervals are of a bootstrap over models. `layer_statistics` is s(W), `weights` are the flattened weights.
+
+![R² of all representations](probes.png)
+
+"""
+        + "\n\n".join(parts)
+        + "\n"
+    )
+
+
 def networks_card(
     name: str, model: str, zoo: Zoo, figures: Mapping[str, Mapping[str, Any]], info: Mapping[str, Any]
 ) -> str:

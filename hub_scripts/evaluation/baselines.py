@@ -54,6 +54,23 @@ def layer_statistics(
     )
 
 
+def network_statistics(weights: Mapping[str, np.ndarray | torch.Tensor]) -> np.ndarray:
+    """s(W) of what networks of any architecture have: first and last matrix, and means and deviations over depth.
+
+    Args:
+        weights (`Mapping[str, np.ndarray | torch.Tensor]`): stacked tensors, each `(checkpoints, *shape)`.
+
+    Returns:
+        `np.ndarray` of shape `(checkpoints, 6 * 7)`: float32; matrices and convolutions first, vectors last.
+    """
+    found = {name: _statistics(values) for name, values in _flat(weights).items()}
+    matrices = np.stack([values for name, values in found.items() if weights[name].ndim > 2])
+    vectors = [values for name, values in found.items() if weights[name].ndim <= 2]
+    vectors = np.stack(vectors) if vectors else np.zeros((1, *matrices.shape[1:]), np.float32)
+    parts = [matrices[0], matrices[-1], matrices.mean(0), matrices.std(0), vectors.mean(0), vectors.std(0)]
+    return np.concatenate(parts, axis=1)
+
+
 @dataclass(frozen=True)
 class TokenPCA:
     """A linear autoencoder of tokens; made by [`token_pca`].

@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -143,7 +144,10 @@ def embedding_map(features: np.ndarray, accuracy: np.ndarray, epoch: np.ndarray)
 
 @mpl.rc_context(RC)
 def predicted_against_true(
-    true: np.ndarray, predictions: Mapping[str, np.ndarray], what: str = "test accuracy"
+    true: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    what: str = "test accuracy",
+    intervals: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
     """True values against those predicted from several features, with R² in the titles.
 
@@ -151,6 +155,7 @@ def predicted_against_true(
         true (`np.ndarray` of shape `(checkpoints,)`): the property on the test split.
         predictions (`Mapping[str, np.ndarray]`): feature or baseline -> predictions `(checkpoints,)`.
         what (`str`): the property, with its unit if it has one.
+        intervals (`Mapping[str, tuple[float, float]]`, *optional*): ends of the interval of each R².
 
     Returns:
         `Figure`: a panel for each feature.
@@ -165,7 +170,8 @@ def predicted_against_true(
         axes.plot([low, high], [low, high], color="#222222", linewidth=1, linestyle="--", zorder=3)
         axes.scatter(true, predicted, s=10, color=colour, alpha=0.5, linewidths=0)
         r2 = 1 - np.square(true - predicted).sum() / total if total else float("nan")
-        axes.set(title=f"{_label(name)}: R² = {r2:.2f}", xlabel=f"true {what}")
+        between = f" ({intervals[name][0]:.2f} to {intervals[name][1]:.2f})" if intervals else ""
+        axes.set(title=f"{_label(name)}\nR² = {r2:.2f}{between}", xlabel=f"true {what}")
         axes.set_xlim(low - margin, high + margin)
     # a wild prediction must not squeeze the rest: three ranges are shown at most
     everything = np.concatenate([true, *predictions.values()])
@@ -173,6 +179,56 @@ def predicted_against_true(
         max(everything.min(), low - (high - low)) - margin, min(everything.max(), high + (high - low)) + margin
     )
     panels[0].set_ylabel(f"predicted {what}")
+    return figure
+
+
+@mpl.rc_context(RC)
+def probe_bars(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """R² of all representations with their intervals, ridge regression (dots) and trees (crosses).
+
+    Args:
+        results (`Mapping`): property -> representation -> figures, as `sane probe` writes them.
+
+    Returns:
+        `Figure`: a panel for each property.
+    """
+    figure, panels = _panels(len(results), height=0.6 + 0.32 * max(map(len, results.values())), sharey=True)
+    for axes, (name, kinds) in zip(panels, results.items(), strict=True):
+        places = -np.arange(len(kinds))
+        for column, shift, marker in (("", 0.12, "o"), ("trees_", -0.12, "x")):
+            r2, low, high = (
+                np.array([one[f"{column}{key}"] for one in kinds.values()], np.float64)
+                for key in ("r2", "r2_low", "r2_high")
+            )
+            axes.hlines(places + shift, low, high, color="#888888", linewidth=1.5)
+            axes.plot(r2, places + shift, marker, color="#222222", markersize=4)
+        axes.set_yticks(places, [_label(kind) for kind in kinds])
+        axes.set(title=name.replace("_", " "), xlabel="R²")
+        axes.set_xlim(left=max(axes.get_xlim()[0], -0.5))
+    return figure
+
+
+@mpl.rc_context(RC)
+def image_grid(images: torch.Tensor, labels: torch.Tensor) -> Figure:
+    """Inputs of each class in a row.
+
+    Args:
+        images (`torch.Tensor` of shape `(images, channels, height, width)`): any range; each is shown from its least to its
+            largest value.
+        labels (`torch.Tensor` of shape `(images,)`): the classes; images of one stand together, as many of each.
+    """
+    classes = len(labels.unique())
+    each = len(images) // classes
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    shown = ((images - low) / (high - low).clamp(min=1e-9)).mean(1)  # channels together
+    height, width = shown.shape[1:]
+    sheet = shown.view(classes, each, height, width).permute(0, 2, 1, 3).reshape(classes * height, each * width)
+    figure = Figure(figsize=(0.6 * each, 0.6 * classes), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(sheet.numpy(), cmap="gray", interpolation="nearest")
+    axes.set(
+        xticks=[], yticks=(np.arange(classes) + 0.5) * height, yticklabels=labels.unique().tolist(), ylabel="class"
+    )
     return figure
 
 

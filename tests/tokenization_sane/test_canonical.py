@@ -35,7 +35,7 @@ def test_twins_come_out_equal(name, seed):
     stacked = {key: torch.stack([state_dict[key], twin[key]]) for key in state_dict}
     ordered = canonical_order(spec, stacked)
     assert ordered.keys() == stacked.keys()
-    for key, tensor in ordered.items():
+    for tensor in ordered.values():
         torch.testing.assert_close(tensor[0], tensor[1], rtol=1e-9, atol=1e-9)
 
 
