@@ -4,8 +4,9 @@ These are parts of `benchmarks/analysis.py` (`search`, `speed`, `mhcnuggets`). I
 
 `search`: checkpoints of zoos that `sane build-zoo` made. Each network is embedded as it came out of its training, with the
 alignment of the zoo undone, by: each of `FEATURES` on the latents of a SANE model (`sane_*`); moments of the weights, of each
-tensor, after canonical signs (`layer_moments`); the default feature beside the moments (`sane_and_moments`); s(W) of Unterthiner et al.
-2020; the flattened weights as they came (`weights`), in canonical order (`weights_canonical`), and matched to the zoo's
+tensor, after canonical signs (`layer_moments`); the default feature beside the moments (`sane_and_moments`); what the axes that no
+symmetry moves say (pixels of a kernel, inputs, classes): root mean squares along them (`axis_profile`), these beside the moments
+(`moments_and_profile`), and inner products of their slices (`axis_products`); s(W) of Unterthiner et al. 2020; the flattened weights as they came (`weights`), in canonical order (`weights_canonical`), and matched to the zoo's
 reference (`weights_aligned`; queries that are no rows of the zoo are matched alone). Distances are those of `sane search`: Euclidean
 between standardised features; or cosines (`*_cosine`). A zoo whose layout the model does not know gets a model of
 its own, trained for `TRAIN_STEPS` steps. The truth is known:
@@ -18,6 +19,10 @@ its own, trained for `TRAIN_STEPS` steps. The truth is known:
 * `parent_*`: `CHILDREN` last checkpoints are trained on with a changed task (half of the zoo's images, at most `CHILD_IMAGES`; three
   pairs of classes trade names) for some epochs and permuted at random. `auc` is the share of other models that lie farther
   away than the parent, `auc_pooled` tells pairs of child and parent from all others by one threshold, `recall@1` is among all models.
+
+* `*_matched`: the `MATCHED` nearest are put in a new order, by the cosine of their weights to the query's after weight
+  matching; recall at 1 before and after, and the recall at `MATCHED`, which is the most that this can reach.
+  `same_run_permuted_matched` has `MATCHED_QUERIES` queries.
 
 `chance` is what a random order of the index gives.
 
@@ -75,7 +80,7 @@ from hub_scripts.zoos.schema import HPARAM, LINEAGE_FILE, hparam_columns, proper
 from hub_scripts.zoos.writer import ZooWriter
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import SaneConfig, SaneModel
-from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, WeightMatcher, find_symmetries
+from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, WeightMatcher, find_symmetries
 
 Tensors = dict[str, torch.Tensor]  # stacked networks, each (networks, *shape)
 Vectors = dict[str, np.ndarray]  # by embedding, (networks, features)
@@ -86,6 +91,8 @@ CHILD_EPOCHS = (1, 5)
 CHILD_IMAGES = 5000
 CHILD_RATE = 1e-3
 SWAPPED_PAIRS = 3
+MATCHED, MATCHED_QUERIES = 20, 200
+FIRST_STAGES = (f"sane_{DEFAULT_FEATURE}", "layer_moments", "axis_profile")
 TRAIN_STEPS = 60
 BOOTSTRAPS = 2000
 TARGETS = {"small_seconds": 60.0, "resnet18_ratio": 0.7}
@@ -227,8 +234,44 @@ def permuted(tensors: Tensors, zoo: Zoo, seed: int) -> Population:
     return Population(stack(twins), stack([spec.apply(twin, matcher.match(twin)) for twin in twins]))
 
 
-def embeddings(networks: Population, embedder: Embedder, layout: CheckpointLayout) -> Vectors:
-    """All embeddings of some networks."""
+def along_fixed_axes(tensors: Tensors, spec: SymmetrySpec) -> Iterator[np.ndarray]:
+    """Tensors as `(networks, places, values)`, float64: places on the axes that no permutation moves, of tensors that have some.
+
+    Sums over the values of a place do not depend on permutations; sums of squares, or of products of two places, do not depend
+    on signs of the moved axes either.
+    """
+    moved: dict[str, set[int]] = {}
+    for group in spec.of_kind("permutation").groups:
+        for item in group.items:
+            moved.setdefault(item.tensor, set()).add(item.axis)
+    for name, tensor in tensors.items():
+        axes = range(tensor.ndim - 1)
+        fixed = [axis + 1 for axis in axes if axis not in moved.get(name, ()) and tensor.shape[axis + 1] > 1]
+        if fixed and tensor.is_floating_point():
+            rest = [axis + 1 for axis in axes if axis + 1 not in fixed]
+            places = int(np.prod([tensor.shape[axis] for axis in fixed]))
+            yield tensor.double().permute(0, *fixed, *rest).reshape(len(tensor), places, -1).numpy()
+
+
+def axis_profile(tensors: Tensors, spec: SymmetrySpec) -> np.ndarray:
+    """Root mean square at each place of the fixed axes, or the value where there is one alone: `(networks, places)`."""
+    parts = along_fixed_axes(tensors, spec)
+    return np.concatenate([x[..., 0] if x.shape[2] == 1 else np.sqrt(np.square(x).mean(2)) for x in parts], axis=1)
+
+
+def axis_products(tensors: Tensors, spec: SymmetrySpec) -> np.ndarray:
+    """Inner products of all pairs of places of the fixed axes, or the values where there is one alone: `(networks, pairs)`."""
+    found = []
+    for x in along_fixed_axes(tensors, spec):
+        first, second = np.triu_indices(x.shape[1])
+        found.append(x[..., 0] if x.shape[2] == 1 else (x @ x.swapaxes(1, 2))[:, first, second])
+    return np.concatenate(found, axis=1)
+
+
+def embeddings(
+    networks: Population, embedder: Embedder, layout: CheckpointLayout, spec: SymmetrySpec | None = None
+) -> Vectors:
+    """All embeddings of some networks; without symmetries those that need none."""
     canonical = embedder.canonical(networks.came, layout)
     latents, layer_ids = embedder.latents(networks.came, layout), embedder.codec(layout).layout.layer_ids
     found = {f"sane_{name}": feature(latents, layer_ids) for name, feature in FEATURES.items()}
@@ -236,6 +279,10 @@ def embeddings(networks: Population, embedder: Embedder, layout: CheckpointLayou
     found["sane_and_moments"] = np.concatenate([found[f"sane_{DEFAULT_FEATURE}"], found["layer_moments"]], axis=1)
     found["layer_statistics"] = found["layer_statistics_cosine"] = layer_statistics(networks.came)
     found["weights_cosine"] = weight_features(networks.came)
+    if spec is None:
+        return found
+    found["axis_profile"], found["axis_products"] = axis_profile(canonical, spec), axis_products(canonical, spec)
+    found["moments_and_profile"] = np.concatenate([found["layer_moments"], found["axis_profile"]], axis=1)
     found["weights_canonical"] = found["weights_canonical_cosine"] = weight_features(canonical)
     found["weights_aligned_cosine"] = weight_features(networks.aligned)
     return found
@@ -297,13 +344,37 @@ def find_parent(name: str, index: np.ndarray, queries: np.ndarray, parents: np.n
     }
 
 
+def matched(
+    near: np.ndarray, queries: Tensors, index: Tensors, related: np.ndarray, spec: SymmetrySpec
+) -> dict[str, Any]:
+    """Recall before and after the nearest `(queries, k)` rows are sorted by their cosine after weight matching."""
+    begin, hits = time.perf_counter(), []
+    for query, rows, truth in zip(each(queries), near, related, strict=True):
+        matcher, own = WeightMatcher(spec, query), flat(query)
+        cosines = []
+        for row in rows:
+            other = {name: tensor[row] for name, tensor in index.items()}
+            cosines.append(own @ flat(spec.apply(other, matcher.match(other))))
+        hits.append((truth[rows[0]], truth[rows[np.argmax(cosines)]], truth[rows].any()))
+    names = ("recall@1_before", "recall@1", f"recall@{near.shape[1]}")
+    found = {name: summary(values) for name, values in zip(names, np.array(hits).T, strict=True)}
+    return found | {"milliseconds_per_pair": 1000 * (time.perf_counter() - begin) / near.size}
+
+
+def flat(network: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """All weights of a network as one vector of length 1."""
+    values = torch.cat([tensor.double().flatten() for tensor in network.values()])
+    return (values / values.norm()).numpy()
+
+
 def measure_zoo(zoo: Zoo, embedder: Embedder) -> dict[str, Any]:
     """All tests of one zoo, by test and embedding."""
-    layout, rng = zoo.layout, np.random.default_rng(0)
+    layout, rng, spec = zoo.layout, np.random.default_rng(0), zoo.symmetries.of_kind("permutation", "sign")
     networks, kin = read_zoo(zoo)
     total, last = len(kin.models), kin.last
-    indexed = embeddings(networks, embedder, layout)
-    twins = embeddings(permuted(networks.came, zoo, 1), embedder, layout)
+    indexed = embeddings(networks, embedder, layout, spec)
+    turned = permuted(networks.came, zoo, 1)
+    twins = embeddings(turned, embedder, layout, spec)
 
     chosen = np.sort(rng.permutation(total)[:INDEX_SIZE])
     itself = np.arange(len(chosen)) == np.arange(len(chosen))[:, None]
@@ -313,7 +384,9 @@ def measure_zoo(zoo: Zoo, embedder: Embedder) -> dict[str, Any]:
     asking = np.flatnonzero(siblings.any(1))
     parents = np.sort(rng.permutation(len(last))[:CHILDREN])
     young, changes = children(zoo, networks.rows(last[parents]).came)
-    young = {epoch: embeddings(permuted(made, zoo, 2 + epoch), embedder, layout) for epoch, made in young.items()}
+    moved = {epoch: permuted(made, zoo, 2 + epoch) for epoch, made in young.items()}
+    found_by = {epoch: embeddings(made, embedder, layout, spec) for epoch, made in moved.items()}
+    asked = np.sort(rng.permutation(total)[:MATCHED_QUERIES])
 
     relatives = same_run.sum(1)
     found: dict[str, Any] = {
@@ -340,8 +413,18 @@ def measure_zoo(zoo: Zoo, embedder: Embedder) -> dict[str, Any]:
             test: {key: summary(values, groups) for key, values in figures.items()}
             for test, (figures, groups) in tests.items()
         }
-        for epoch, queries in young.items():
+        for epoch, queries in found_by.items():
             found["embeddings"][name][f"parent_{epoch}"] = find_parent(name, few, queries[name], parents)
+        if name in FIRST_STAGES:
+            _, near = nearest(name, vectors, twins[name][asked], MATCHED + 1)
+            near = np.stack([rows[rows != mine][:MATCHED] for rows, mine in zip(near, asked, strict=True)])
+            figures = matched(near, turned.rows(asked).came, networks.came, same_run[asked], spec)
+            found["embeddings"][name]["same_run_permuted_matched"] = figures
+            for epoch, queries in found_by.items():
+                _, near = nearest(name, few, queries[name], MATCHED)
+                truth = np.arange(len(last)) == parents[:, None]
+                figures = matched(near, moved[epoch].came, networks.rows(last).came, truth, spec)
+                found["embeddings"][name][f"parent_{epoch}_matched"] = figures
     return found
 
 
@@ -637,8 +720,6 @@ def measure_mhcnuggets(
         of_models = np.array([classes[model] for model in models[kept]])
         families = np.array([family(*pair) for pair in zip(models[kept], of_models, strict=True)])
         vectors = embeddings(Population(networks, networks), embedder, part.layout)
-        for name in [name for name in vectors if name.startswith(("weights_canonical", "weights_aligned"))]:
-            del vectors[name]  # no symmetries are known
         latents = embedder.latents(networks, part.layout).flatten(1).numpy()
         vectors["sane_latents_cosine"] = latents
         for name, values in (("sane_latents", latents), ("weights", vectors["weights_cosine"])):

@@ -207,8 +207,9 @@ def published_run(folder: Path, latent_size: int, minutes: float) -> list[dict[s
 
 def our_run(zoo: Path, output: Path, *flags: str, every: int = 20) -> dict[str, Any]:
     """Train with `hub_scripts/train.py`; the curve over CPU time, and the last scores."""
-    arguments = ["--preset", "small-cnn", "--output-dir", str(output), "--eval-steps", str(every), *flags]
-    wall, cpu = command("train.py", *([] if "--zoo" in flags else ["--zoo", str(zoo)]), *arguments)
+    defaults = {"--preset": "small-cnn", "--zoo": str(zoo), "--output-dir": str(output), "--eval-steps": str(every)}
+    defaults = [word for name, value in defaults.items() if name not in flags for word in (name, value)]
+    wall, cpu = command("train.py", *defaults, *flags)
     log = read_json(output / "training_log.json")
     names = [name for name in log[-1] if name.partition("/")[0] in ("r2", "accuracy_decoded", "accuracy_original")]
     names = [name for name in names if not name.startswith("r2/") or ":" in name] + ["effective_rank"]
@@ -283,7 +284,7 @@ def measure_architectures(folder: Path, steps: int = ARCHITECTURE_STEPS) -> dict
             command("build_zoo.py", *settings, *flags)
     size = {"hidden": "192", "layers": "3"}
     common = ["--preset", "multi-zoo", "--hidden-size", size["hidden"], "--num-hidden-layers", size["layers"]]
-    common += ["--max-steps", str(steps), "--no-normalize-targets"]
+    common += ["--max-steps", str(steps), "--normalize-targets", "false"]
 
     def run(name: str, sources: list[Path], batch: int, *flags: str) -> dict[str, float]:
         output = folder / f"model_{name}"

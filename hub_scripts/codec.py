@@ -59,8 +59,10 @@ class Codec:
         return (raw - self.mean) / self.std
 
     def tensors(self, token_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Undo [`~Codec.tokens`]; differentiable."""
-        return self.layout.unpack(token_values * self.std.to(token_values.device) + self.mean.to(token_values.device))
+        """Undo [`~Codec.tokens`]; differentiable. Running variances of norms that were decoded below zero become zero."""
+        device = token_values.device
+        tensors = self.layout.unpack(token_values * self.std.to(device) + self.mean.to(device))
+        return {name: t.clamp(min=0) if name.endswith("running_var") else t for name, t in tensors.items()}
 
     def encode(self, token_values: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Latents `(networks, tokens, latent_size)` of normalised tokens `(networks, tokens, token_size)`."""

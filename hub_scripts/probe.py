@@ -21,10 +21,10 @@ from hub_scripts.evaluation.probes import (
     ridge_probes,
     tree_probes,
 )
-from hub_scripts.evaluation.representations import BASELINES, DEFAULT, Groups, Representations, transferable
+from hub_scripts.evaluation.representations import BASELINES, DEFAULT, NAMES, Groups, Representations, transferable
 from hub_scripts.model_cards import probe_section
 from hub_scripts.outputs import new_folder, write_json, write_text
-from hub_scripts.zoos.schema import is_missing, property_columns
+from hub_scripts.zoos.schema import hparam_columns, is_missing, property_columns
 from hub_scripts.zoos.tasks import SPLITS
 from hub_scripts.zoos.zoo import Zoo
 
@@ -46,7 +46,7 @@ class ProbeArguments:
 
     Example:
       sane probe --model runs/model --zoo runs/zoo --output-dir runs/probe
-      sane probe --model runs/model --zoo runs/zoo --output-dir runs/probe --properties test_loss --categories hparam_optimizer
+      sane probe --model runs/model --zoo runs/zoo --output-dir runs/probe --properties test_loss --categories hparams_optimizer
       sane probe --model runs/model --zoo runs/zoo --output-dir runs/probe --transfer-zoos runs/other
     """
 
@@ -56,15 +56,20 @@ class ProbeArguments:
     properties: list[str] = field(
         default_factory=lambda: [*DEFAULT_PROPERTIES],
         metadata={
-            "help": "Numeric columns of the zoo to predict, hparam_* among them; all takes every one that varies."
+            "help": "Numeric columns of the zoo to predict, hparams_* among them; all takes every one that varies."
         },
     )
     categories: list[str] = field(
         default_factory=list,
-        metadata={"help": "Columns to tell apart as categories, e.g. hparam_initialisation; all takes those of text."},
+        metadata={
+            "help": "Columns to tell apart as categories, e.g. hparams_initialisation; all takes those of text."
+        },
     )
     feature: str = field(
         default=DEFAULT_FEATURE, metadata={"help": f"How latents become one vector: {', '.join(FEATURES)}."}
+    )
+    representations: list[str] = field(
+        default_factory=list, metadata={"help": f"Which to compare; by default all: {', '.join(NAMES)}."}
     )
     first_epoch: int = field(
         default=1,
@@ -87,6 +92,9 @@ class ProbeArguments:
     def __post_init__(self):
         if self.feature not in FEATURES:
             raise ValueError(f"--feature is {self.feature!r}, expected one of {', '.join(FEATURES)}.")
+        unknown = [name for name in self.representations if name not in NAMES]
+        if unknown:
+            raise ValueError(f"--representations has {unknown[0]!r}, expected some of {', '.join(NAMES)}.")
 
 
 def probe(args: ProbeArguments) -> dict[str, Any]:
@@ -104,13 +112,14 @@ def probe(args: ProbeArguments) -> dict[str, Any]:
         embedder = Embedder.from_pretrained(args.model, args.feature)
         found = Representations(zoo, embedder, args.first_epoch, args.seed)
         results: dict[str, Any] = {"checkpoints": {split: len(rows) for split, rows in chosen.items()}, "left_out": {}}
-        results["probe"], predictions = _probes(found, found.names(), targets, chosen, args, results["left_out"])
+        kinds = [kind for kind in found.groups if kind in (args.representations or NAMES)]
+        results["probe"], predictions = _probes(found, kinds, targets, chosen, args, results["left_out"])
         if args.all_epochs and any((values < args.first_epoch).any() for values in epochs.values()):
             everything = {split: np.arange(len(values)) for split, values in epochs.items()}
-            summary = [kind for kind in SUMMARY if kind in found.groups]
+            summary = [kind for kind in kinds if kind in SUMMARY]
             results["probe_all_epochs"], _ = _probes(found, summary, targets, everything, args, {})
         results["categories"] = {
-            name: {kind: told._asdict() for kind, told in _tell(found, values, chosen, args.seed).items()}
+            name: {kind: told._asdict() for kind, told in _tell(found, kinds, values, chosen, args.seed).items()}
             for name, values in categories.items()
         }
         results["transfer"] = {
@@ -130,7 +139,7 @@ def _targets(zoo: Zoo, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]
     """Numeric columns by split, NaN where a value is missing."""
     columns = zoo.rows("train").features
     if list(names) == ["all"]:
-        known = ["epoch", *property_columns(columns), *(name for name in columns if name.startswith("hparam_"))]
+        known = ["epoch", *property_columns(columns), *hparam_columns(columns)]
         names = [name for name in known if _is_numeric(zoo, name) and np.ptp(_numbers(zoo, "train", name)) > 0]
     targets = {}
     for name in names:
@@ -157,7 +166,7 @@ def _categories(zoo: Zoo, names: Sequence[str]) -> dict[str, dict[str, np.ndarra
     """Columns of categories by split, as text."""
     columns = zoo.rows("train").features
     if list(names) == ["all"]:
-        known = [*property_columns(columns), *(name for name in columns if name.startswith("hparam_"))]
+        known = [*property_columns(columns), *hparam_columns(columns)]
         names = [
             n for n in known if not _is_numeric(zoo, n) and 1 < len(set(zoo.rows("train")[n][:])) <= MOST_CATEGORIES
         ]
@@ -217,7 +226,7 @@ def _probes(
                 kind: _figures(true, *pair, ids, args.seed) | {"num_features": _width(found.groups[kind])}
                 for kind, pair in told.items()
             }
-            for column, place in (("ridge", 0), ("trees", 1)):
+            for column, place in (("ridge", 0), ("trees", 1)) if {DEFAULT, *STATISTICS} <= told.keys() else ():
                 r2s = {kind: np.nan_to_num(told[kind][place].r2, nan=-np.inf) for kind in STATISTICS}
                 best = max(r2s, key=r2s.get)
                 ours, theirs = told[DEFAULT][place], told[best][place]
@@ -260,14 +269,19 @@ def _figures(true: np.ndarray, ridge: ProbeResult, trees: ProbeResult, ids: np.n
 
 
 def _tell(
-    found: Representations, values: Mapping[str, np.ndarray], chosen: Mapping[str, np.ndarray], seed: int
+    found: Representations,
+    kinds: Sequence[str],
+    values: Mapping[str, np.ndarray],
+    chosen: Mapping[str, np.ndarray],
+    seed: int,
 ) -> dict[str, CategoryResult]:
     rows = {split: index[values[split][index] != ""] for split, index in chosen.items()}
     return {
         kind: category_probe(
-            *(part for s in SPLITS for part in (_matrix(groups, s, rows[s]), values[s][rows[s]])), seed=seed
+            *(part for s in SPLITS for part in (_matrix(found.groups[kind], s, rows[s]), values[s][rows[s]])),
+            seed=seed,
         )
-        for kind, groups in found.groups.items()
+        for kind in kinds
         if kind in (DEFAULT, "sane_latents", *BASELINES)
     }
 
@@ -322,7 +336,9 @@ def _transfer(
 
 def _draw(folder: Path, results: Mapping[str, Any], predictions: Mapping[str, Mapping[str, Any]]) -> None:
     for name, told in predictions.items():
-        shown = {kind: told[kind] for kind in PLOTTED}
+        shown = {kind: told[kind] for kind in PLOTTED if kind in told} or {
+            k: v for k, v in told.items() if k != "true"
+        }
         intervals = {kind: (results[name][kind]["r2_low"], results[name][kind]["r2_high"]) for kind in shown}
         figure = plots.predicted_against_true(told["true"], shown, name.replace("_", " "), intervals)
         figure.savefig(folder / f"predicted_{name}.png")

@@ -267,13 +267,17 @@ def _report(folder: Path, results: dict[str, Any]) -> None:
         ),
         Section(
             "Prediction",
-            "What can be read from the weights alone? A ridge regression on SANE embeddings, on statistics of each layer, and on "
-            "the weights themselves, fitted on train networks and measured on test networks (epoch 1 and later).",
+            "What can be read from the weights alone? Ridge regression and boosted trees on SANE's representation, on its latents "
+            "alone, on statistics of each layer, and on the weights themselves, fitted on train networks and measured on test "
+            "networks (epoch 1 and later).",
             [Picture(folder / "probe" / "predicted_test_accuracy.png", "predicted against true accuracy for each feature")],
             [
                 Table(
-                    ("R² of", *results["probe"]["test_accuracy"]),
-                    [(name.replace("_", " "), *(f"{kind['r2']:.3f}" for kind in kinds.values())) for name, kinds in results["probe"].items()],
+                    ("R², ridge | trees", *(name.replace("_", " ") for name in results["probe"])),
+                    [
+                        (kind, *(f"{found[kind]['r2']:.3f} | {found[kind]['trees_r2']:.3f}" for found in results["probe"].values()))
+                        for kind in results["probe"]["test_accuracy"]
+                    ],
                 )
             ],
         ),

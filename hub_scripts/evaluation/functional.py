@@ -3,9 +3,11 @@
 Stacked tensors are a state dict with a leading axis: name -> (networks, *shape). B, N, C = images, networks, classes.
 """
 
+import copy
 import importlib
 import math
 import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -93,6 +95,23 @@ def _has_key(value: Any, key: str) -> bool:
     if isinstance(value, Mapping):
         return key in value or any(_has_key(item, key) for item in value.values())
     return isinstance(value, (list, tuple)) and any(_has_key(item, key) for item in value)
+
+
+def with_differentiable_norms(module: nn.Module) -> nn.Module:
+    """A copy whose batch norms, in eval mode, pass gradients to their running statistics as well: PyTorch's own do not."""
+    module = copy.deepcopy(module).eval()
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+            part.forward = types.MethodType(_batch_norm, part)
+    return module
+
+
+def _batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    shape = (1, -1, *(1 for _ in x.shape[2:]))
+    scale = (norm.running_var + norm.eps).rsqrt()
+    shift = norm.running_mean
+    x = (x - shift.view(shape)) * scale.view(shape)
+    return x if norm.weight is None else x * norm.weight.view(shape) + norm.bias.view(shape)
 
 
 # --- outputs

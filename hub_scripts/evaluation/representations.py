@@ -23,6 +23,18 @@ from modeling_sane import SaneModel
 
 DEFAULT = "sane"
 BASELINES = ("weights", "weights_aligned", "layer_statistics", "layer_statistics_joint")
+NAMES = (
+    *(
+        DEFAULT,
+        "sane_latents",
+        "sane_token_mean",
+        "sane_layer_mean_std",
+        "sane_random",
+        "sane_moments",
+        "sane_responses",
+    ),
+    *(*BASELINES, "layer_statistics_lifted", "sane_and_layer_statistics"),
+)
 LIFT = 300  # random features of a kernel
 OUTLIER = 5.0  # standard deviations at which standardised moments are cut before the kernel
 CHUNK = 128  # checkpoints read at a time
@@ -60,10 +72,6 @@ class Representations:
         self._fit_rows = np.flatnonzero(self.epochs["train"] >= first_epoch)
         self.prototypes = self.fit_prototypes(zoo, first_epoch, seed)
         self.groups = self._all()
-
-    def names(self) -> list[str]:
-        """Representations in the order of tables: SANE's, then the baselines."""
-        return list(self.groups)
 
     @staticmethod
     def fit_prototypes(zoo: Zoo, first_epoch: int = 1, seed: int = 0) -> Prototypes | None:

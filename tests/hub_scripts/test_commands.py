@@ -17,7 +17,6 @@ from hub_scripts.embed import EmbedArguments, embed
 from hub_scripts.evaluation.functional import evaluate
 from hub_scripts.evaluation.reconstruction import measure_reconstruction
 from hub_scripts.finetune import FinetuneArguments, finetune
-from hub_scripts.probe import ProbeArguments, probe
 from hub_scripts.sample import SampleArguments, choose_anchors, sample
 from hub_scripts.zoos.zoo import Zoo
 
@@ -112,33 +111,6 @@ def test_a_mistyped_path_is_called_that(tiny_model, tiny_zoo, tmp_path, capsys, 
         cli_main(*map(filled, words), "--output_dir", tmp_path / "out")
     assert stopped.value.code == 1
     assert filled(message) in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------------------------------------------- probe
-def test_probing_compares_features_on_the_same_checkpoints(tiny_zoo, tiny_model, tmp_path):
-    results = probe(
-        ProbeArguments(
-            model=str(tiny_model),
-            zoo=str(tiny_zoo),
-            output_dir=str(tmp_path / "p"),
-            properties=["test_accuracy", "epoch"],
-        )
-    )
-    assert set(results) == {"test_accuracy", "epoch"}
-    assert set(results["epoch"]) == {"sane", "sane_token_mean", "layer_statistics", "weights"}
-    assert {"r2", "kendall_tau", "r2_low", "r2_high"} <= set(results["epoch"]["sane"])
-    written = json.loads((tmp_path / "p" / "results.json").read_text())
-    assert written["checkpoints"] == {"train": 14, "validation": 2, "test": 2}  # epoch 0 left out
-    assert {path.name for path in (tmp_path / "p").iterdir()} == {"results.json", "predicted_test_accuracy.png"}
-
-
-@pytest.mark.parametrize("name", ["colour", "architecture"])
-def test_a_property_that_is_missing_or_text_is_refused(tiny_zoo, tiny_model, tmp_path, name):
-    with pytest.raises(ValueError, match=f"column '{name}'"):
-        probe(
-            ProbeArguments(model=str(tiny_model), zoo=str(tiny_zoo), output_dir=str(tmp_path / "p"), properties=[name])
-        )
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,9 @@ from hub_scripts.evaluation.functional import (
     evaluate,
     finetune_networks,
     train_networks,
+    with_differentiable_norms,
 )
+from hub_scripts.zoos.architectures import SmallCNN
 
 IMAGES, CLASSES = 7, 4
 
@@ -321,3 +323,17 @@ def test_trust_calls_a_function_that_returns_a_module():
     assert build_module(f"{__name__}:make_plain_function", {"size": 2}, trust=True).out_features == 2
     with pytest.raises(ValueError, match=r"returned a \w+Path, expected an nn\.Module"):
         build_module("pathlib:Path", {}, trust=True)
+
+
+def test_gradients_reach_the_running_statistics_of_batch_norm():
+    module = SmallCNN(batch_norm=True).eval()
+    images = torch.randn(4, 1, 8, 8)
+    tensors = {name: t[None].clone() for name, t in module.state_dict().items()}
+    tensors["norm1.running_mean"] = torch.randn(1, 8).requires_grad_()
+    tensors["norm1.running_var"] = (torch.rand(1, 8) + 0.5).requires_grad_()
+    logits = batched_logits(with_differentiable_norms(module), tensors, images)
+    logits.square().sum().backward()
+    assert tensors["norm1.running_mean"].grad.abs().sum() > 0
+    assert tensors["norm1.running_var"].grad.abs().sum() > 0
+    plain = batched_logits(module, {name: t.detach() for name, t in tensors.items()}, images)
+    torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
