@@ -1,16 +1,16 @@
-"""The README's tables about checkpoints and symmetries, from the figures that the benchmarks measured.
+"""Tables in README and docs, from the figures that the benchmarks measured.
 
 python benchmarks/readme.py             print the tables
-python benchmarks/readme.py --update    put them into the README
+python benchmarks/readme.py --update    put them where they belong
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- checkpoint tables -->\n", "<!-- end of checkpoint tables -->"
 
 
 def tables() -> str:
@@ -62,17 +62,93 @@ def _family_table(results: dict) -> str:
     )
 
 
+def training_tables() -> str:
+    """Markdown of what `training.json` holds of quality, ablations and architectures."""
+    results = json.loads((RESULTS / "training.json").read_text(encoding="utf-8"))
+    lines = [
+        "| compression | PCA of each token | paper's recipe, 30 CPU minutes | ours in the end | ours as good after |",
+        "|---|---|---|---|---|",
+    ]
+    for compression, found in results["quality"].items():
+        last, ours = found["published"][-1], found["ours"]["curve"][-1]
+        reached = last["cpu_s"] / min(found[f"speedup_{name}"] or float("nan") for name in ("r2", "accuracy_decoded"))
+        lines.append(
+            f"| {compression} | R² {found['pca_r2']:.3f} | R² {last['r2']:.3f}, decoded accuracy {last['accuracy_decoded']:.3f} | "
+            f"R² {ours['r2']:.3f}, {ours['accuracy_decoded']:.3f} ({ours['cpu_s'] / 60:.0f} min) | {reached:.0f} s |"
+        )
+    ablation = results["ablation"]
+    lines += [
+        "",
+        f"| switch ({ablation['steps']} steps, {len(ablation['seeds'])} seeds) | R² | decoded accuracy | effective rank |",
+        "|---|---|---|---|",
+    ]
+    for name, found in ablation.items():
+        if name not in ("steps", "seeds"):
+            r2, accuracy, rank = (found[key] for key in ("r2", "accuracy_decoded", "effective_rank"))
+            lines.append(
+                f"| {name} | {r2[0]:.3f} ± {r2[1]:.3f} | {accuracy[0]:.3f} ± {accuracy[1]:.3f} | {rank[0]:.1f} |"
+            )
+    lines += ["", "| zoo | R² of a model of its own | R² of one model for all three |", "|---|---|---|"]
+    for name, found in results["architectures"]["zoos"].items():
+        lines.append(f"| {name} | {found['r2_alone']:.3f} | {found['r2_together']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def analysis_tables() -> str:
+    """Markdown of what `analysis.json` holds."""
+    results = json.loads((RESULTS / "analysis.json").read_text(encoding="utf-8"))
+    probes = results["probes"]
+    cells = probes["cells"]
+    lines = [
+        f"Two zoos of 210 networks, {len(probes['seeds'])} seeds with splits of their own; means of R² on test networks (`python benchmarks/analysis.py`). "
+        f"SANE is ahead of the better s(W) in {cells['won']} of {cells['of']} cells, beyond the interval in most seeds in {cells['beyond_interval']}.",
+        "",
+        "| zoo, property, probe | SANE | better s(W) | seeds beyond the interval | latents | moments | responses | random encoder | aligned W |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in cells["by_cell"].items():
+        alone = (
+            found["all"][kind]
+            for kind in ("sane_latents", "sane_moments", "sane_responses", "sane_random", "weights_aligned")
+        )
+        lines.append(
+            f"| {name} | {found['sane']:.3f} | {found['better_layer_statistics']:.3f} | {found['seeds_above_interval']} | "
+            + " | ".join(f"{value:.3f}" for value in alone)
+            + " |"
+        )
+    lines += [
+        "",
+        "| probe for accuracy used on the other zoo | SANE, Kendall's τ (ridge, trees) | s(W) |",
+        "|---|---|---|",
+    ]
+    for name, kinds in probes["transfer"].items():
+        shown = (f"{kinds[kind]['ridge']:.2f}, {kinds[kind]['trees']:.2f}" for kind in ("sane", "layer_statistics"))
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# file, marker, what stands there
+PLACES: list[tuple[str, str, Callable[[], str]]] = [
+    ("README.md", "checkpoint tables", tables),
+    ("docs/training.md", "training tables", training_tables),
+    ("docs/analysis.md", "analysis tables", analysis_tables),
+]
+
+
 def main() -> None:
-    """Print the tables, or update the README."""
+    """Print the tables, or put them where they belong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="put the tables into the README")
+    parser.add_argument("--update", action="store_true", help="put the tables into README and docs")
     args = parser.parse_args()
-    if args.update:
-        readme = ROOT / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        readme.write_text(text[:start] + tables() + text[end:], encoding="utf-8")
-    print(tables(), end="")
+    for name, marker, make in PLACES:
+        if args.update:
+            path = ROOT / name
+            text = path.read_text(encoding="utf-8")
+            begin, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+            path.write_text(
+                text[: text.index(begin) + len(begin)] + make() + text[text.index(end) :], encoding="utf-8"
+            )
+        print(make())
 
 
 if __name__ == "__main__":
