@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.analysis_search import measure_mhcnuggets, measure_search, measure_speed
 from benchmarks.training_quality import command, fashion_zoo
 from hub_scripts.outputs import read_json, write_json
 from hub_scripts.zoos.schema import hparam_columns, property_columns
@@ -175,7 +176,16 @@ def main() -> None:
         os.environ["SANE_CACHE"] = str(folder / "cache")
         zoos = args.zoos or [fashion_zoo(folder / "fashion"), batch_norm_zoo(folder / "batchnorm")]
         zoos = [zoo.resolve() for zoo in zoos]
-        parts: dict[str, Callable[[], dict[str, Any]]] = {"probes": lambda: measure_probes(folder, zoos)}
+        model = args.model.resolve() if args.model else folder / "model"
+        if not model.exists() and {"search", "speed"} & set(args.part):
+            flags = ["--preset", "small-cnn", "--max-steps", str(STEPS)]
+            command("train.py", "--zoo", str(zoos[0]), "--output-dir", str(model), *flags)
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "probes": lambda: measure_probes(folder, zoos),
+            "search": lambda: measure_search(folder, zoos, model),
+            "speed": lambda: measure_speed(folder, zoos[0], model),
+            "mhcnuggets": lambda: measure_mhcnuggets(folder, args.wheels, folder / "mhcnuggets.png"),
+        }
         for name in args.part:
             results[name] = parts[name]()
             results.setdefault("machine", {})[name] = {"torch": torch.__version__, "cores": os.cpu_count()}

@@ -35,17 +35,18 @@ import json
 import os
 import platform
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from datasets import Value
@@ -414,8 +415,7 @@ def measure_kills(folder: Path, steps: int = 200, kills: int = 5, seed: int = 0)
             while process.poll() is None and last_step(outputs["killed"]) < point - 5:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.5))
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill(process)
             seen.append(last_step(outputs["killed"]))
         finish(launch(count, *arguments, "--output-dir", str(outputs["killed"])))
         logs = [read_json(output / "training_log.json") for output in outputs.values()]
@@ -428,6 +428,19 @@ def measure_kills(folder: Path, steps: int = 200, kills: int = 5, seed: int = 0)
             "weight_difference": max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]),
         }
     return {"steps": steps, "seed": seed, **found}
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL for the launcher and all it started: workers have sessions of their own."""
+    try:
+        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        everyone = []
+    for one in everyone:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(everyone)
+    process.communicate()
 
 
 def last_step(folder: Path) -> int:

@@ -20,7 +20,9 @@ STATISTICS = ("norm", "std", "spectral_norm", "alpha")
 
 
 # ---------------------------------------------------------------------------------------------------- weights
-def weight_profile(tensors: Mapping[str, torch.Tensor], layer: LayerLayout) -> dict[str, np.ndarray]:
+def weight_profile(
+    tensors: Mapping[str, torch.Tensor], layer: LayerLayout, fit: str | None = None
+) -> dict[str, np.ndarray]:
     """Size and spectrum of one layer in many networks.
 
     Norm and standard deviation are of all values of the layer; spectral norm and exponent of its largest tensor with at least
@@ -29,6 +31,7 @@ def weight_profile(tensors: Mapping[str, torch.Tensor], layer: LayerLayout) -> d
     Args:
         tensors (`Mapping[str, torch.Tensor]`): stacked networks, each `(networks, *shape)`, float.
         layer ([`LayerLayout`]): one of their layout.
+        fit (`str`, *optional*): how exponents are found, one of those of [`exponent_fit`], which chooses by default.
 
     Returns:
         `dict[str, np.ndarray]`: `norm`, `std`, `spectral_norm` and `alpha`, each `(networks,)` float64. NaN: the layer has no
@@ -46,7 +49,7 @@ def weight_profile(tensors: Mapping[str, torch.Tensor], layer: LayerLayout) -> d
     found["spectral_norm"] = spectral_norm(tables).numpy()
     is_kernel = layer.kind == "conv" and len(tensor.shape) > 2
     slices = _kernel_slices(stacked, tensor.row_axis) if is_kernel else tables[:, None]
-    found["alpha"] = np.array([power_law_exponent(eigenvalues(one)) for one in slices])
+    found["alpha"] = np.array([power_law_exponent(eigenvalues(one), fit) for one in slices])
     return found
 
 
@@ -85,18 +88,19 @@ def eigenvalues(matrices: torch.Tensor) -> np.ndarray:
     return values[values > values[:, -1:] * smallest**2].numpy()
 
 
-def power_law_exponent(values: np.ndarray) -> float:
+def power_law_exponent(values: np.ndarray, fit: str | None = None) -> float:
     """The exponent alpha of a density that falls as `value ** -alpha` in the tail.
 
     Args:
         values (`np.ndarray` of shape `(eigenvalues,)`): positive.
+        fit (`str`, *optional*): one of those of [`exponent_fit`], which chooses by default.
 
     Returns:
-        `float`: by [`exponent_fit`]; NaN for fewer than `FEWEST_EIGENVALUES`, or if they do not differ.
+        `float`: the exponent; NaN for fewer than `FEWEST_EIGENVALUES`, or if they do not differ.
     """
     if len(values) < FEWEST_EIGENVALUES or np.ptp(values) <= 1e-9 * values.max():
         return float("nan")
-    if exponent_fit() == "hill":
+    if (fit or exponent_fit()) == "hill":
         return hill_exponent(values)
     import powerlaw  # optional, and slow to import
 

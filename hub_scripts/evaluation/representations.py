@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 from hub_scripts.evaluation.baselines import layer_statistics, network_statistics, weight_features
 from hub_scripts.evaluation.embedder import Embedder
 from hub_scripts.evaluation.features import FEATURES
+from hub_scripts.evaluation.layer_profiles import weight_profile
 from hub_scripts.evaluation.moments import layer_moments, network_moments
 from hub_scripts.evaluation.prototypes import Prototypes
 from hub_scripts.zoos.tasks import SPLITS
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import SaneModel
+from tokenization_sane import LayerLayout
 
 DEFAULT = "sane"
 BASELINES = ("weights", "weights_aligned", "layer_statistics", "layer_statistics_joint")
@@ -33,10 +35,11 @@ NAMES = (
         "sane_moments",
         "sane_responses",
     ),
-    *(*BASELINES, "layer_statistics_lifted", "sane_and_layer_statistics"),
+    *(*BASELINES, "layer_statistics_lifted", "spectra", "sane_and_layer_statistics"),
 )
 LIFT = 300  # random features of a kernel
 OUTLIER = 5.0  # standard deviations at which standardised moments are cut before the kernel
+FLOOR = 1e-6  # of norms whose logarithm is taken: biases may start at zero
 CHUNK = 128  # checkpoints read at a time
 
 Splits = dict[str, np.ndarray]  # by split, (checkpoints, features)
@@ -56,6 +59,9 @@ class Representations:
     * `weights`, `weights_aligned`: all weights, before and after alignment. `layer_statistics` is s(W), weights and biases
       apart; `layer_statistics_joint` describes a layer's weights and biases together; `layer_statistics_lifted` is a control: s(W)
       beside what the kernel of `sane` makes of it.
+    * `spectra`: what WeightWatcher measures of each layer, see `layer_profiles.py`: logarithms of norm, standard deviation,
+      spectral norm and stable rank, and the exponent of the spectrum. It is Hill's, whether or not `powerlaw` is installed,
+      which takes two hundred times as long: minutes for a thousand small networks.
     * `sane_and_layer_statistics`: both, for completeness.
 
     Args:
@@ -106,6 +112,7 @@ class Representations:
         groups["layer_statistics"] = statistics
         groups["layer_statistics_joint"] = [self._each(layer_statistics, groups=joint)]
         groups["layer_statistics_lifted"] = [*statistics, self._lifted(statistics)]
+        groups["spectra"] = [spectra(self.weights, self.zoo.layout.layers)]
         groups["sane_and_layer_statistics"] = [_joined(groups[DEFAULT]), _joined(statistics)]
         return groups
 
@@ -167,6 +174,28 @@ class Representations:
                 undone.append(weight_features({name: value[None] for name, value in state_dict.items()}))
             found[split] = np.concatenate(undone)
         return found
+
+
+def spectra(weights: Mapping[str, Mapping[str, torch.Tensor]], layers: Sequence[LayerLayout]) -> Splits:
+    """Size and spectrum of each layer, `spectra` of [`Representations`].
+
+    Columns that miss a value in the train split are dropped: not every layer has a matrix, or one with enough eigenvalues. What
+    other splits miss beyond that gets the mean of the train split.
+    """
+    found = {split: _layer_spectra(tensors, layers) for split, tensors in weights.items()}
+    kept = ~np.isnan(found["train"]).any(0)
+    mean = found["train"][:, kept].mean(0)
+    return {split: np.where(np.isnan(part[:, kept]), mean, part[:, kept]) for split, part in found.items()}
+
+
+def _layer_spectra(tensors: Mapping[str, torch.Tensor], layers: Sequence[LayerLayout]) -> np.ndarray:
+    """Five figures of each layer, `(checkpoints, layers * 5)`; NaN where there is none."""
+    columns = []
+    for layer in layers:
+        profile = weight_profile(tensors, layer, fit="hill")
+        norm, std, largest = (np.log(np.maximum(profile[name], FLOOR)) for name in ("norm", "std", "spectral_norm"))
+        columns += [norm, std, largest, 2 * (norm - largest), profile["alpha"]]
+    return np.stack(columns, axis=1)
 
 
 def _joined(groups: Groups) -> Splits:

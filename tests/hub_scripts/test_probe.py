@@ -9,9 +9,10 @@ import torch
 from hub_scripts.evaluation.moments import NUM_MOMENTS, layer_moments, moments, network_moments
 from hub_scripts.evaluation.probes import bootstrap_r2, category_probe, ridge_probe, ridge_probes, tree_probes
 from hub_scripts.evaluation.prototypes import Prototypes
-from hub_scripts.evaluation.representations import NAMES
+from hub_scripts.evaluation.representations import NAMES, spectra
 from hub_scripts.probe import ProbeArguments, probe
 from hub_scripts.zoos.architectures import SmallCNN
+from hub_scripts.zoos.tasks import SPLITS
 from hub_scripts.zoos.zoo import Zoo
 
 
@@ -105,6 +106,19 @@ def test_moments_do_not_depend_on_the_order_and_know_the_scale():
     tensors = {"w": torch.from_numpy(values), "b": torch.zeros(2, 3), "steps": torch.zeros(2, dtype=torch.int64)}
     assert layer_moments(tensors).shape == (2, 2 * NUM_MOMENTS)
     assert network_moments(tensors).shape == (2, 6 * NUM_MOMENTS)
+
+
+def test_spectra_have_no_nan_and_leave_out_what_layers_do_not_have(tiny_zoo):
+    zoo = Zoo(tiny_zoo)
+    weights, layers = {split: zoo.stacked(split) for split in SPLITS}, zoo.layout.layers
+    found = spectra(weights, layers)
+    matrices = [layer for layer in layers if any(len(tensor.shape) > 1 for tensor in layer.tensors)]
+    assert 2 * len(layers) + 2 * len(matrices) < found["train"].shape[1] < 5 * len(layers)  # exponents for some
+    for split, part in found.items():
+        assert len(part) == len(zoo.rows(split))
+        assert np.isfinite(part).all()  # biases are zero in the beginning
+    weights["test"] = {name: torch.zeros_like(values) for name, values in weights["test"].items()}
+    assert np.isfinite(spectra(weights, layers)["test"]).all()
 
 
 def test_prototypes_are_seen_as_their_class_and_responses_do_not_depend_on_the_order_of_units(tiny_zoo):
