@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, require_source, run_command
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.embedder import Embedder
-from hub_scripts.evaluation.features import DEFAULT_FEATURE, FEATURES
+from hub_scripts.evaluation.embedder import DEFAULT_EMBEDDING, EMBEDDINGS, Embedder
 from hub_scripts.evaluation.index import EMBEDDINGS_FILE, RESULTS_FILE
 from hub_scripts.hub import explain
 from hub_scripts.outputs import claim_folder, read_json, release_folder, write_json
@@ -65,7 +64,7 @@ class EmbedArguments:
     model: str = field(metadata={"help": "Folder or Hub repository of a SANE model with its tokenizer."})
     output_dir: str = field(metadata={"help": "Folder for embeddings.parquet; new, or of the same command before."})
     feature: str = field(
-        default=DEFAULT_FEATURE, metadata={"help": f"How latents become one vector: {', '.join(FEATURES)}."}
+        default=DEFAULT_EMBEDDING, metadata={"help": f"What the vector is made of: {', '.join(EMBEDDINGS)}."}
     )
     on_error: str = field(
         default="refuse",
@@ -86,8 +85,8 @@ class EmbedArguments:
     )
 
     def __post_init__(self):
-        if self.feature not in FEATURES:
-            raise ValueError(f"--feature is {self.feature!r}, expected one of {', '.join(FEATURES)}.")
+        if self.feature not in EMBEDDINGS:
+            raise ValueError(f"--feature is {self.feature!r}, expected one of {', '.join(EMBEDDINGS)}.")
         if self.on_error not in ("refuse", "skip"):
             raise ValueError(f"--on-error is {self.on_error!r}, expected refuse or skip.")
 

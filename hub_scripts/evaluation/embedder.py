@@ -8,12 +8,17 @@ import torch
 
 from hub_scripts.codec import Codec, load_pretrained
 from hub_scripts.evaluation.features import DEFAULT_FEATURE, FEATURES
+from hub_scripts.evaluation.moments import layer_moments
 from modeling_sane import SaneModel
 from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec, canonical_order
 
+# what an embedding may be: pooled latents; moments of the weights; or both, which finds relatives best (docs/analysis.md)
+DEFAULT_EMBEDDING = "latents_and_moments"
+EMBEDDINGS = (DEFAULT_EMBEDDING, "moments", *FEATURES)
+
 
 class Embedder:
-    """Encodes networks of any layout and pools their latents.
+    """Encodes networks of any layout and makes one vector of each.
 
     Where the tokenizer knows the symmetries of a layout, networks are first brought into their canonical order, so that twins
     with other permutations and signs get the same embedding.
@@ -21,7 +26,7 @@ class Embedder:
     Args:
         model ([`SaneModel`]): in eval mode.
         tokenizer ([`SaneWeightTokenizer`]): the model's own.
-        feature (`str`): a key of `FEATURES`.
+        feature (`str`): one of `EMBEDDINGS`.
         chunk_size (`int`): networks at a time.
     """
 
@@ -29,14 +34,14 @@ class Embedder:
         self,
         model: SaneModel,
         tokenizer: SaneWeightTokenizer,
-        feature: str = DEFAULT_FEATURE,
+        feature: str = DEFAULT_EMBEDDING,
         chunk_size: int = 64,
     ):
         self.model, self.tokenizer, self.feature, self.chunk_size = model, tokenizer, feature, chunk_size
         self._codecs: dict[tuple, tuple[Codec, SymmetrySpec | None]] = {}
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, feature: str = DEFAULT_FEATURE) -> "Embedder":
+    def from_pretrained(cls, source: str | Path, feature: str = DEFAULT_EMBEDDING) -> "Embedder":
         """Load model and tokenizer from a folder or a Hub repository."""
         return cls(*load_pretrained(source), feature)
 
@@ -55,12 +60,22 @@ class Embedder:
 
     def latents(self, tensors: Mapping[str, torch.Tensor], layout: CheckpointLayout) -> torch.Tensor:
         """Latents `(networks, tokens, latent_size)` of stacked networks, in canonical order."""
-        codec = self.codec(layout)
-        return codec.encode(codec.tokens(self.canonical(tensors, layout)))
+        return self._encoded(self.canonical(tensors, layout), layout)
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], layout: CheckpointLayout) -> np.ndarray:
         """Embeddings `(networks, features)`, float32, of stacked networks `(networks, *shape)`."""
-        return FEATURES[self.feature](self.latents(tensors, layout), self.codec(layout).layout.layer_ids)
+        ordered, parts = self.canonical(tensors, layout), []
+        if self.feature != "moments":
+            pool = FEATURES[DEFAULT_FEATURE if self.feature == DEFAULT_EMBEDDING else self.feature]
+            parts.append(pool(self._encoded(ordered, layout), self.codec(layout).layout.layer_ids))
+        if self.feature not in FEATURES:
+            # in the layout's order of tensors, whatever order the file has
+            parts.append(layer_moments({name: ordered[name] for name in self.codec(layout).layout.tensors}))
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _encoded(self, ordered: Mapping[str, torch.Tensor], layout: CheckpointLayout) -> torch.Tensor:
+        codec = self.codec(layout)
+        return codec.encode(codec.tokens(ordered))
 
     def _known(self, layout: CheckpointLayout) -> tuple[Codec, SymmetrySpec | None]:
         key = (layout.fingerprint, *layout.tensors)  # a fingerprint does not tell the order of the tensors

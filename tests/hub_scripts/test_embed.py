@@ -183,7 +183,7 @@ def test_a_file_that_was_replaced_is_embedded_again(tiny_model, files, tmp_path)
 
 def test_other_settings_do_not_go_on(tiny_zoo, tiny_model, files, tmp_path):
     run(tiny_model, tmp_path / "e", files[0])
-    with pytest.raises(ValueError, match="was begun with --feature layer_distribution, now it is token_mean"):
+    with pytest.raises(ValueError, match="was begun with --feature latents_and_moments, now it is token_mean"):
         run(tiny_model, tmp_path / "e", files[0], feature="token_mean")
     with pytest.raises(ValueError, match="was begun with --sources"):
         run(tiny_model, tmp_path / "e", files[1])
