@@ -47,7 +47,8 @@ SEEDS = (0, 1, 2)
 CHANNELS = 16  # of each equivariant layer
 EQUIVARIANT_LAYERS = 3
 HIDDEN = 256  # of the perceptron behind the pooling
-DROPOUT = 0.2
+DROPOUT = 0.5
+NOISE = 0.3  # standard deviation of what is added to the input in training
 BATCH = 32
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-2
@@ -194,10 +195,13 @@ def predict(model: nn.Module, part: Part) -> np.ndarray:
     return torch.cat(chunks).double().numpy()
 
 
-def run(model: nn.Module, part: Part, rows: torch.Tensor) -> torch.Tensor:
+def run(model: nn.Module, part: Part, rows: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
     """What the model says about some rows."""
     common, _ = import_nfn()
-    return model(common.WeightSpaceFeatures([m[rows] for m in part.matrices], [b[rows] for b in part.biases]))
+    matrices, biases = ([values[rows] for values in kind] for kind in (part.matrices, part.biases))
+    if noise:
+        matrices, biases = ([x + noise * torch.randn_like(x) for x in kind] for kind in (matrices, biases))
+    return model(common.WeightSpaceFeatures(matrices, biases))
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -218,7 +222,7 @@ def train(parts: Mapping[str, Part], seed: int, minutes: float) -> dict[str, Any
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * spent / budget)) / 2
         for rows in torch.randperm(len(target)).split(BATCH):
-            loss = nn.functional.mse_loss(run(model, fit, rows), target[rows])
+            loss = nn.functional.mse_loss(run(model, fit, rows, NOISE), target[rows])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -110,9 +110,9 @@ def probe(args: ProbeArguments) -> dict[str, Any]:
                 f"{args.zoo} has no checkpoints of epoch {args.first_epoch} or later in its {empty[0]} split."
             )
         embedder = Embedder.from_pretrained(args.model, args.feature)
-        found = Representations(zoo, embedder, args.first_epoch, args.seed)
+        found = Representations(zoo, embedder, args.first_epoch, args.seed, args.representations or NAMES)
         results: dict[str, Any] = {"checkpoints": {split: len(rows) for split, rows in chosen.items()}, "left_out": {}}
-        kinds = [kind for kind in found.groups if kind in (args.representations or NAMES)]
+        kinds = list(found.groups)
         results["probe"], predictions = _probes(found, kinds, targets, chosen, args, results["left_out"])
         if args.all_epochs and any((values < args.first_epoch).any() for values in epochs.values()):
             everything = {split: np.arange(len(values)) for split, values in epochs.items()}

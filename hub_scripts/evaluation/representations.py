@@ -4,7 +4,8 @@ Whatever is fitted (normalisation, prototypes, random features) is fitted on the
 features; probes may weigh groups differently, see `ridge_probes`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -69,15 +70,18 @@ class Representations:
         embedder ([`Embedder`]): the model to look at.
         first_epoch (`int`): prototypes are made by networks of the train split from this epoch on.
         seed (`int`): of prototypes, kernels and the random encoder.
+        names (`Sequence[str]`): those that are needed.
     """
 
-    def __init__(self, zoo: Zoo, embedder: Embedder, first_epoch: int = 1, seed: int = 0):
+    def __init__(
+        self, zoo: Zoo, embedder: Embedder, first_epoch: int = 1, seed: int = 0, names: Sequence[str] = NAMES
+    ):
         self.zoo, self.embedder, self.seed = zoo, embedder, seed
         self.weights = {split: zoo.stacked(split) for split in SPLITS}
         self.epochs = {split: zoo.column(split, "epoch") for split in SPLITS}
         self._fit_rows = np.flatnonzero(self.epochs["train"] >= first_epoch)
         self.prototypes = self.fit_prototypes(zoo, first_epoch, seed)
-        self.groups = self._all()
+        self.groups = self._all(names)
 
     @staticmethod
     def fit_prototypes(zoo: Zoo, first_epoch: int = 1, seed: int = 0) -> Prototypes | None:
@@ -88,33 +92,39 @@ class Representations:
         task = zoo.task
         return Prototypes.fit(zoo.module, tensors, tuple(task.images["train"].shape[1:]), task.num_classes, seed)
 
-    def _all(self) -> dict[str, Groups]:
+    def _all(self, wanted: Sequence[str]) -> dict[str, Groups]:
+        """The wanted ones, in the order of `NAMES`; what several share is made once."""
         kind = self.embedder.feature
-        latents = self._latents(self.embedder, (kind, "token_mean", "layer_mean_std"))
+        apart, joint = _tensor_groups(self.weights["train"])
+        latents = cache(lambda: self._latents(self.embedder, (kind, "token_mean", "layer_mean_std")))
+        moments = cache(lambda: self._each(layer_moments))
+        responses = cache(lambda: [self._responses(self.prototypes)] if self.prototypes else [])
+        statistics = cache(lambda: [self._each(layer_statistics, groups=names) for names in apart if names])
+        sane = cache(lambda: [latents()[kind], moments(), self._lifted([moments()]), *responses()])
+        made: dict[str, Callable[[], Groups]] = {
+            DEFAULT: sane,
+            "sane_latents": lambda: [latents()[kind]],
+            "sane_token_mean": lambda: [latents()["token_mean"]],
+            "sane_layer_mean_std": lambda: [latents()["layer_mean_std"]],
+            "sane_random": lambda: [self._latents(self._untrained(), (kind,))[kind]],
+            "sane_moments": lambda: [moments()],
+            "sane_responses": responses,
+            "weights": lambda: [self._unaligned()],
+            "weights_aligned": lambda: [self._each(weight_features)],
+            "layer_statistics": statistics,
+            "layer_statistics_joint": lambda: [self._each(layer_statistics, groups=joint)],
+            "layer_statistics_lifted": lambda: [*statistics(), self._lifted(statistics())],
+            "spectra": lambda: [spectra(self.weights, self.zoo.layout.layers)],
+            "sane_and_layer_statistics": lambda: [_joined(sane()), _joined(statistics())],
+        }
+        found = {name: made[name]() for name in NAMES if name in wanted}
+        return {name: groups for name, groups in found.items() if groups}  # no responses where nothing runs
+
+    def _untrained(self) -> Embedder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            untrained = Embedder(SaneModel(self.embedder.model.config).eval(), self.embedder.tokenizer, kind)
-        random = self._latents(untrained, (kind,))
-        moments = self._each(layer_moments)
-        apart, joint = _tensor_groups(self.weights["train"])
-        matrices, vectors = (self._each(layer_statistics, groups=names) for names in apart if names)
-        statistics = [matrices, vectors]
-        groups: dict[str, Groups] = {DEFAULT: [latents[kind], moments, self._lifted([moments])]}
-        groups |= {"sane_latents": [latents[kind]], "sane_token_mean": [latents["token_mean"]]}
-        groups |= {"sane_layer_mean_std": [latents["layer_mean_std"]], "sane_random": [random[kind]]}
-        groups["sane_moments"] = [moments]
-        if self.prototypes is not None:
-            responses = self._responses(self.prototypes)
-            groups["sane_responses"] = [responses]
-            groups[DEFAULT].append(responses)
-        groups["weights"] = [self._unaligned()]
-        groups["weights_aligned"] = [self._each(weight_features)]
-        groups["layer_statistics"] = statistics
-        groups["layer_statistics_joint"] = [self._each(layer_statistics, groups=joint)]
-        groups["layer_statistics_lifted"] = [*statistics, self._lifted(statistics)]
-        groups["spectra"] = [spectra(self.weights, self.zoo.layout.layers)]
-        groups["sane_and_layer_statistics"] = [_joined(groups[DEFAULT]), _joined(statistics)]
-        return groups
+            model = SaneModel(self.embedder.model.config).eval()
+        return Embedder(model, self.embedder.tokenizer, self.embedder.feature)
 
     def _each(self, function, **arguments) -> Splits:
         return {split: function(tensors, **arguments) for split, tensors in self.weights.items()}
