@@ -12,7 +12,8 @@ defaults and each other's zoo as the transfer. `cells` compares SANE's default w
 ridge and trees with trees: means over the seeds, and in how many seeds the 95 % interval of the difference lies above 0 (a bootstrap
 over models on the same draws). Nothing is chosen on test data: probes, bands and numbers of trees follow the validation split.
 
-`search`, `speed` and `mhcnuggets` are described in `benchmarks/analysis_search.py`.
+`search`, `speed` and `mhcnuggets` are described in `benchmarks/analysis_search.py`, `nfn`, a network on weights that is trained on the
+properties directly, in `benchmarks/analysis_nfn.py`.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.analysis_nfn import measure_nfn
 from benchmarks.analysis_search import measure_mhcnuggets, measure_search, measure_speed
 from benchmarks.training_quality import command, fashion_zoo
 from hub_scripts.outputs import read_json, write_json
@@ -153,7 +155,7 @@ def moved(runs: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PARTS = ("probes", "search", "speed", "mhcnuggets")
+PARTS = ("probes", "search", "speed", "mhcnuggets", "nfn")
 
 
 def main() -> None:
@@ -185,6 +187,7 @@ def main() -> None:
             "search": lambda: measure_search(folder, zoos, model),
             "speed": lambda: measure_speed(folder, zoos[0], model),
             "mhcnuggets": lambda: measure_mhcnuggets(folder, args.wheels, folder / "mhcnuggets.png"),
+            "nfn": lambda: measure_nfn(zoos, SEEDS),
         }
         for name in args.part:
             results[name] = parts[name]()
