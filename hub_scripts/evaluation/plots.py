@@ -170,8 +170,8 @@ def predicted_against_true(
         axes.plot([low, high], [low, high], color="#222222", linewidth=1, linestyle="--", zorder=3)
         axes.scatter(true, predicted, s=10, color=colour, alpha=0.5, linewidths=0)
         r2 = 1 - np.square(true - predicted).sum() / total if total else float("nan")
-        between = f" ({intervals[name][0]:.2f} to {intervals[name][1]:.2f})" if intervals else ""
-        axes.set(title=f"{_label(name)}\nR² = {r2:.2f}{between}", xlabel=f"true {what}")
+        between = f"\n({intervals[name][0]:.2f} to {intervals[name][1]:.2f})" if intervals else ""
+        axes.set(title=f"{_label(name)}: R² = {r2:.2f}{between}", xlabel=f"true {what}")
         axes.set_xlim(low - margin, high + margin)
     # a wild prediction must not squeeze the rest: three ranges are shown at most
     everything = np.concatenate([true, *predictions.values()])
