@@ -297,8 +297,9 @@ def _transfer(
     """Probes of this zoo on the test split of another one, by what networks of both have."""
     other = Zoo(source, on_error=args.on_error)
     prototypes = Representations.fit_prototypes(other, args.first_epoch, args.seed) if found.prototypes else None
-    ours = transferable(zoo, found.prototypes if prototypes else None)
-    theirs = transferable(other, prototypes)
+    runs = prototypes is not None  # otherwise there is nothing that responses of both could be compared by
+    ours = transferable(found.weights, found.prototypes if runs else None, zoo.module if runs else None)
+    theirs = transferable({"test": other.stacked("test")}, prototypes, other.module if runs else None)
     rows = np.flatnonzero(other.column("test", "epoch") >= args.first_epoch)
     results: dict[str, Any] = {}
     for name, ys in targets.items():

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from sklearn.kernel_approximation import Nystroem
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 from tqdm.auto import tqdm
 
 from hub_scripts.evaluation.baselines import layer_statistics, network_statistics, weight_features
@@ -212,19 +213,21 @@ def _joined(groups: Groups) -> Splits:
     return {split: np.concatenate([group[split] for group in groups], axis=1) for split in SPLITS}
 
 
-def transferable(zoo: Zoo, prototypes: Prototypes | None) -> dict[str, Groups]:
-    """Representations that networks of any architecture have, for probes that are used on another zoo: `sane` and s(W)."""
-    weights = {split: zoo.stacked(split) for split in SPLITS}
+def transferable(
+    weights: Mapping[str, Mapping[str, torch.Tensor]], prototypes: Prototypes | None, module: nn.Module | None
+) -> dict[str, Groups]:
+    """Representations that networks of any architecture have, for probes that are used on another zoo: `sane` and s(W).
+
+    Args:
+        weights (`Mapping[str, Mapping[str, torch.Tensor]]`): stacked networks by split.
+        prototypes ([`Prototypes`], *optional*): of their zoo; what is said of them does not tell the classes apart.
+        module (`nn.Module`, *optional*): their architecture; needed with prototypes.
+    """
     groups: dict[str, Groups] = {DEFAULT: [{split: network_moments(tensors) for split, tensors in weights.items()}]}
     if prototypes is not None:
-        module = zoo.module
-        groups[DEFAULT].append({split: _classless(prototypes, module, tensors) for split, tensors in weights.items()})
+        groups[DEFAULT].append({split: prototypes.responses(module, t)[1] for split, t in weights.items()})
     groups["layer_statistics"] = [{split: network_statistics(tensors) for split, tensors in weights.items()}]
     return groups
-
-
-def _classless(prototypes: Prototypes, module, tensors) -> np.ndarray:
-    return prototypes.responses(module, tensors)[1]
 
 
 def _tensor_groups(tensors: Mapping[str, torch.Tensor]) -> tuple[list[list[list[str]]], list[list[str]]]:
