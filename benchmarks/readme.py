@@ -91,9 +91,10 @@ def training_tables() -> str:
             lines.append(
                 f"| {name} | {r2[0]:.3f} ± {r2[1]:.3f} | {accuracy[0]:.3f} ± {accuracy[1]:.3f} | {rank[0]:.1f} | {size[0]:.2f} |"
             )
-    lines += ["", "| zoo | R² of a model of its own | R² of one model for all three |", "|---|---|---|"]
-    for name, found in results["architectures"]["zoos"].items():
-        lines.append(f"| {name} | {found['r2_alone']:.3f} | {found['r2_together']:.3f} |")
+    if "architectures" in results:
+        lines += ["", "| zoo | R² of a model of its own | R² of one model for all three |", "|---|---|---|"]
+        for name, found in results["architectures"]["zoos"].items():
+            lines.append(f"| {name} | {found['r2_alone']:.3f} | {found['r2_together']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
