@@ -33,6 +33,8 @@ assert (whole is not None) == accelerator.is_main_process
 if whole is not None:
     whole.save_pretrained(sys.argv[3])
     torch.save(latents, sys.argv[3] + "/latents.pt")
+accelerator.wait_for_everyone()  # a process that leaves early takes the other's connections down
+accelerator.end_training()
 """
 
 
