@@ -76,6 +76,7 @@ from hub_scripts.evaluation.index import EmbeddingIndex
 from hub_scripts.evaluation.moments import layer_moments
 from hub_scripts.evaluation.plots import RC
 from hub_scripts.outputs import read_json
+from hub_scripts.zoos.alignment import unaligned
 from hub_scripts.zoos.schema import HPARAM, LINEAGE_FILE, hparam_columns, property_columns
 from hub_scripts.zoos.writer import ZooWriter
 from hub_scripts.zoos.zoo import Zoo
@@ -203,14 +204,12 @@ def each(tensors: Tensors) -> Iterator[dict[str, torch.Tensor]]:
 
 def read_zoo(zoo: Zoo) -> tuple[Population, Kin]:
     """All checkpoints of a zoo, of all splits."""
-    spec = zoo.symmetries.of_kind("permutation", "sign")
     aligned, came, models, epochs, settings = [], [], [], [], []
     for split, table in zoo.splits.items():
         hparams = [name for name in hparam_columns(table.features) if name != f"{HPARAM}seed"]
         aligned.append(zoo.stacked(split))
         for network, row in zip(each(aligned[-1]), table, strict=True):
-            draw = [torch.tensor(value) for value in row["alignment_permutations"]]
-            came.append(spec.apply(network, spec.invert(draw)))
+            came.append(unaligned(zoo.symmetries, network, row["alignment_permutations"]))
             models.append(row["model_id"])
             epochs.append(row["epoch"])
             settings.append(json.dumps([row[name] for name in hparams]))

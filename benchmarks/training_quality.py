@@ -39,6 +39,7 @@ from hub_scripts.evaluation.baselines import r2_score_masked, token_pca
 from hub_scripts.outputs import read_json
 from hub_scripts.training.parts import Part, open_parts
 from hub_scripts.training.validation import Validation
+from hub_scripts.zoos.alignment import unaligned
 from hub_scripts.zoos.schema import hparam_columns, property_columns
 from hub_scripts.zoos.views import LazyDraw, SymmetryGather
 from hub_scripts.zoos.writer import ZooWriter
@@ -102,7 +103,7 @@ def fashion_zoo(folder: Path) -> Path:
     return folder
 
 
-def unaligned(zoo: Zoo, folder: Path) -> Path:
+def unaligned_zoo(zoo: Zoo, folder: Path) -> Path:
     """The same zoo with the weights as training left them."""
     if folder.exists():
         return folder
@@ -110,13 +111,11 @@ def unaligned(zoo: Zoo, folder: Path) -> Path:
     kept = [*property_columns(columns), *hparam_columns(columns)]
     rows = {split: len(table) for split, table in zoo.splits.items()}
     writer = ZooWriter(folder, {name: columns[name] for name in kept}, rows)
-    spec = zoo.symmetries.of_kind("permutation", "sign")
     writer.add_layout(zoo.layout, zoo.symmetries)
     names = [*kept, "model_id", "epoch", "layout_id", "architecture", "architecture_kwargs"]
     for split, table in zoo.splits.items():
         for index, row in enumerate(table):
-            draw = [torch.tensor(value) for value in row["alignment_permutations"]]
-            state_dict = spec.apply(zoo.state_dict(split, index), spec.invert(draw))
+            state_dict = unaligned(zoo.symmetries, zoo.state_dict(split, index), row["alignment_permutations"])
             writer.add(split, {name: row[name] for name in names}, state_dict)
     writer.finish(folder.name, {key: zoo.info[key] for key in ("task", "pixel_mean", "pixel_std")})
     return folder
@@ -230,7 +229,7 @@ def pca_floor(part: Part, tokenizer: SaneWeightTokenizer, components: int) -> fl
 
 def measure_quality(folder: Path, zoo: Path, minutes: float) -> dict[str, Any]:
     """The published recipe and ours at two compressions."""
-    raw = unaligned(Zoo(zoo), folder / "unaligned")
+    raw = unaligned_zoo(Zoo(zoo), folder / "unaligned")
     found: dict[str, Any] = {}
     for compression, latent_size in LATENT_SIZES.items():
         tokenizer = SaneWeightTokenizer(PRESET["token_size"], PRESET["packing"], "zoo")
@@ -257,7 +256,7 @@ def sooner(published: list[Mapping[str, float]], ours: list[Mapping[str, float]]
 # ---------------------------------------------------------------------------------------------------- ablation
 def measure_ablation(folder: Path, zoo: Path, steps: int = ABLATION_STEPS) -> dict[str, Any]:
     """Scores of each switch after the same number of steps: mean and standard deviation over the seeds."""
-    raw = unaligned(Zoo(zoo), folder / "unaligned")
+    raw = unaligned_zoo(Zoo(zoo), folder / "unaligned")
     found: dict[str, Any] = {"steps": steps, "seeds": list(SEEDS)}
     for name, flags in ABLATIONS.items():
         runs = []

@@ -24,7 +24,6 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, require_source, run_command
-from hub_scripts.codec import Codec
 from hub_scripts.evaluation.embedder import DEFAULT_EMBEDDING, EMBEDDINGS, Embedder
 from hub_scripts.evaluation.index import EMBEDDINGS_FILE, RESULTS_FILE
 from hub_scripts.hub import explain
@@ -89,16 +88,6 @@ class EmbedArguments:
             raise ValueError(f"--feature is {self.feature!r}, expected one of {', '.join(EMBEDDINGS)}.")
         if self.on_error not in ("refuse", "skip"):
             raise ValueError(f"--on-error is {self.on_error!r}, expected refuse or skip.")
-
-
-def embed_split(zoo: Zoo, split: str, codec: Codec) -> np.ndarray:
-    """Latents of all checkpoints of a split: `(checkpoints, tokens, latent_size)` float32."""
-    latents = []
-    count = len(zoo.rows(split))
-    for start in tqdm(range(0, count, codec.chunk_size), desc=f"embed {split}", unit="batch", leave=False):
-        rows = np.arange(start, min(start + codec.chunk_size, count))
-        latents.append(codec.encode(codec.tokens(zoo.stacked(split, rows))).numpy())
-    return np.concatenate(latents)
 
 
 def embed(args: EmbedArguments) -> dict[str, Any]:

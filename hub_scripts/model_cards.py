@@ -1,6 +1,6 @@
 """Cards of what is made from a zoo: a SANE model, and networks that it generated."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,40 +83,30 @@ def probe_section(zoo: Zoo, results: Mapping[str, Any], settings: Mapping[str, A
         settings (`Mapping`): its arguments.
     """
     parts = []
-    for key, title in (
+    for key, which in (
         ("probe", f"checkpoints of epoch {settings['first_epoch']} and later"),
         ("probe_all_epochs", "all checkpoints"),
     ):
+        header = ("representation", "features", "ridge R² (95 % interval)", "Kendall's τ", "trees R² (95 % interval)")
         for name, kinds in results.get(key, {}).items():
-            rows = "\n".join(
-                f"| `{kind}` | {f['num_features']} | {f['r2']:.3f} ({f['r2_low']:.3f} to {f['r2_high']:.3f}) | {f['kendall_tau']:.3f} "
-                f"| {f['trees_r2']:.3f} ({f['trees_r2_low']:.3f} to {f['trees_r2_high']:.3f}) |"
+            rows = [
+                (f"`{kind}`", f["num_features"], _interval(f, "r2"), f["kendall_tau"], _interval(f, "trees_r2"))
                 for kind, f in kinds.items()
-            )
-            parts.append(
-                f"### {name.replace('_', ' ')}, {title}\n\n| representation | features | ridge R² (95 % interval) | Kendall's τ | "
-                f"trees R² (95 % interval) |\n|---|---|---|---|---|\n{rows}"
-            )
+            ]
+            parts.append(_table(f"{name.replace('_', ' ')}, {which}", header, rows))
     for name, kinds in results["categories"].items():
-        rows = "\n".join(
-            f"| `{kind}` | {f['accuracy']:.3f} | {f['f1']:.3f} | {f['trees_accuracy']:.3f} | {f['trees_f1']:.3f} | {f['majority']:.3f} |"
-            for kind, f in kinds.items()
-        )
-        parts.append(
-            f"### {name}, a category\n\n| representation | logistic regression | F1 | trees | F1 | always the commonest |\n"
-            f"|---|---|---|---|---|---|\n{rows}"
-        )
+        header = ("representation", "logistic regression", "F1", "trees", "F1", "always the commonest")
+        keys = ("accuracy", "f1", "trees_accuracy", "trees_f1", "majority")
+        rows = [(f"`{kind}`", *(f[key] for key in keys)) for kind, f in kinds.items()]
+        parts.append(_table(f"{name}, a category", header, rows))
     for source, names in results["transfer"].items():
-        rows = "\n".join(
-            f"| {name} | `{kind}` | {f['ridge']['kendall_tau']:.3f} | {f['trees']['kendall_tau']:.3f} | {f['ridge']['bias']:.3f} "
-            f"| {f['ridge']['mean_absolute_error']:.3f} |"
-            for name, kinds in names.items()
-            for kind, f in kinds.items()
-        )
-        parts.append(
-            f"### Used on {Path(source).name}\n\n| property | representation | ridge τ | trees τ | bias | mean absolute error |\n"
-            f"|---|---|---|---|---|---|\n{rows}"
-        )
+        header = ("property", "representation", "ridge τ", "trees τ", "bias", "mean absolute error")
+        rows = []
+        for name, kinds in names.items():
+            for kind, f in kinds.items():
+                taus = (f[probe]["kendall_tau"] for probe in ("ridge", "trees"))
+                rows.append((name, f"`{kind}`", *taus, f["ridge"]["bias"], f["ridge"]["mean_absolute_error"]))
+        parts.append(_table(f"Used on {Path(source).name}", header, rows))
     counts = ", ".join(f"{count} {split}" for split, count in results["checkpoints"].items())
     left = "".join(
         f" `{name}` is missing for {sum(counts.values())} of them, which are left out for it."
@@ -134,6 +124,19 @@ validation split; intervals are of a bootstrap over models. `layer_statistics` i
         + "\n\n".join(parts)
         + "\n"
     )
+
+
+def _interval(figures: Mapping[str, float], key: str) -> str:
+    return f"{figures[key]:.3f} ({figures[f'{key}_low']:.3f} to {figures[f'{key}_high']:.3f})"
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table under its title; fractions with three digits."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return f"### {title}\n\n" + "\n".join(lines)
 
 
 def networks_card(

@@ -114,7 +114,7 @@ def profile(args: ProfileArguments) -> dict[str, Any]:
     return results
 
 
-def _rows(zoo: "Zoo", models: list[str] | None) -> dict[str, np.ndarray]:
+def _rows(zoo: Zoo, models: list[str] | None) -> dict[str, np.ndarray]:
     """The checkpoints to read, `(checkpoints,)` each: those of the chosen models, and the train split."""
     zoo.rows("train")  # refuses a zoo without
     splits = [split for split in zoo.splits if len(zoo.splits[split])]
@@ -130,7 +130,7 @@ def _rows(zoo: "Zoo", models: list[str] | None) -> dict[str, np.ndarray]:
 
 
 def _measure(
-    zoo: "Zoo", embedder: "Embedder", layers: list, rows: dict[str, np.ndarray]
+    zoo: Zoo, embedder: Embedder, layers: list, rows: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Embeddings `(checkpoints, layers, features)` and statistics `(checkpoints, layers)`; the latter NaN if not chosen."""
     layer_ids = embedder.codec(zoo.layout).layout.layer_ids

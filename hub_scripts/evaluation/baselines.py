@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from hub_scripts.evaluation.features import QUANTILES
+from hub_scripts.evaluation.moments import over_depth
 
 BLOCK_BYTES = 2**28  # the largest intermediate array
 
@@ -63,12 +64,7 @@ def network_statistics(weights: Mapping[str, np.ndarray | torch.Tensor]) -> np.n
     Returns:
         `np.ndarray` of shape `(checkpoints, 6 * 7)`: float32; matrices and convolutions first, vectors last.
     """
-    found = {name: _statistics(values) for name, values in _flat(weights).items()}
-    matrices = np.stack([values for name, values in found.items() if weights[name].ndim > 2])
-    vectors = [values for name, values in found.items() if weights[name].ndim <= 2]
-    vectors = np.stack(vectors) if vectors else np.zeros((1, *matrices.shape[1:]), np.float32)
-    parts = [matrices[0], matrices[-1], matrices.mean(0), matrices.std(0), vectors.mean(0), vectors.std(0)]
-    return np.concatenate(parts, axis=1)
+    return over_depth((_statistics(values), weights[name].ndim > 2) for name, values in _flat(weights).items())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ as itself, its square and its logarithm, and the shape of its distribution (skew
 scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -50,10 +50,24 @@ def network_moments(tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(networks, 6 * NUM_MOMENTS)`: float64; matrices and convolutions first, vectors last.
     """
-    floating = _floating(tensors)
-    matrices = np.stack([moments(values) for values in floating.values() if values.ndim > 2])
-    vectors = [moments(values) for values in floating.values() if values.ndim <= 2]
-    vectors = np.stack(vectors) if vectors else np.zeros((1, *matrices.shape[1:]))
+    return over_depth((moments(values), values.ndim > 2) for values in _floating(tensors).values())
+
+
+def over_depth(statistics: Iterable[tuple[np.ndarray, bool]]) -> np.ndarray:
+    """What statistics of tensors say that networks of any depth have.
+
+    Args:
+        statistics (`Iterable[tuple[np.ndarray, bool]]`): of each tensor, in order, `(networks, statistics)`; and whether it is a
+            matrix or kernel, of which there must be one.
+
+    Returns:
+        `np.ndarray` of shape `(networks, 6 * statistics)`: first and last matrix, mean and deviation over matrices, and over vectors
+        (zeros if there are none).
+    """
+    found = list(statistics)
+    matrices = np.stack([values for values, is_matrix in found if is_matrix])
+    vectors = [values for values, is_matrix in found if not is_matrix]
+    vectors = np.stack(vectors) if vectors else np.zeros_like(matrices[:1])
     parts = [matrices[0], matrices[-1], matrices.mean(0), matrices.std(0), vectors.mean(0), vectors.std(0)]
     return np.concatenate(parts, axis=1)
 

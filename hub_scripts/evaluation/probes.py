@@ -100,9 +100,7 @@ def ridge_probes(
     Raises:
         ValueError: If a split is empty, shapes do not fit or a value is missing.
     """
-    splits = {"train": (train_x, train_ys), "validation": (val_x, val_ys), "test": (test_x, test_ys)}
-    (x, ys), (val_x, val_ys), (test_x, test_ys) = (_checked(name, *split) for name, split in splits.items())
-    _same_width(x, val_x, test_x)
+    (x, ys), (val_x, val_ys), (test_x, test_ys) = _splits((train_x, train_ys), (val_x, val_ys), (test_x, test_ys))
     groups = [x.shape[1]] if groups is None else list(groups)
     if sum(groups) != x.shape[1]:
         raise ValueError(f"the groups have {sum(groups)} features together, the checkpoints {x.shape[1]}.")
@@ -115,9 +113,8 @@ def ridge_probes(
         for name, y in ys.items()
         if np.ptp(y) == 0 or not varies.any()
     }
-    best: dict[
-        str, tuple[float, float, np.ndarray, bool]
-    ] = {}  # error, strength, predictions, at the edge of the grid
+    # error, strength, predictions, at the edge of the grid
+    best: dict[str, tuple[float, float, np.ndarray, bool]] = {}
     for bands in _bands(len(groups)) if len(fixed) < len(ys) else ():
         factors = np.asarray(bands)[owner]
         fit = _ridge(x * factors, np.asarray(alphas, np.float64))
@@ -132,8 +129,7 @@ def ridge_probes(
     results = {}
     for name, y in ys.items():
         if name in fixed:
-            constant = np.full(len(test_x), y.mean())
-            results[name] = ProbeResult(*[float("nan")] * 3, constant, f"{fixed[name]} in the train split")
+            results[name] = _nothing(y, len(test_x), fixed[name])
         else:
             _, alpha, predictions, edge = best[name]
             note = "the best strength lies at the edge of the grid" if edge else ""
@@ -162,14 +158,11 @@ def tree_probes(
     split. With groups of features, all of them and each alone are tried, and the validation split chooses.
     Arguments, returns and errors as of [`ridge_probes`]; `alpha` is the number of trees.
     """
-    splits = {"train": (train_x, train_ys), "validation": (val_x, val_ys), "test": (test_x, test_ys)}
-    (x, ys), (val_x, val_ys), (test_x, test_ys) = (_checked(name, *split) for name, split in splits.items())
-    _same_width(x, val_x, test_x)
+    (x, ys), (val_x, val_ys), (test_x, test_ys) = _splits((train_x, train_ys), (val_x, val_ys), (test_x, test_ys))
     results = {}
     for name, y in ys.items():
         if np.ptp(y) == 0:
-            constant = np.full(len(test_x), y.mean())
-            results[name] = ProbeResult(*[float("nan")] * 3, constant, "the property does not vary in the train split")
+            results[name] = _nothing(y, len(test_x), "the property does not vary")
             continue
         best = (np.inf, 0, np.empty(0))  # error, trees, predictions
         for columns in _subsets(groups or [x.shape[1]]):
@@ -304,6 +297,11 @@ def _ridge(x: np.ndarray, alphas: np.ndarray) -> Callable[[np.ndarray], np.ndarr
     )  # the same, by X'(XX' + a)^-1 = (X'X + a)^-1 X'
 
 
+def _nothing(y: np.ndarray, count: int, why: str) -> ProbeResult:
+    """The mean for all, where nothing can be fitted."""
+    return ProbeResult(*[float("nan")] * 3, np.full(count, y.mean()), f"{why} in the train split")
+
+
 def _result(y: np.ndarray, predictions: np.ndarray, alpha: float, note: str) -> ProbeResult:
     total = np.square(y - y.mean()).sum()
     if total == 0:
@@ -313,12 +311,15 @@ def _result(y: np.ndarray, predictions: np.ndarray, alpha: float, note: str) -> 
     return ProbeResult(float(r2), float(kendalltau(y, predictions).statistic), alpha, predictions, note)
 
 
-def _same_width(*parts: np.ndarray) -> None:
-    widths = [part.shape[1] for part in parts]
+def _splits(*parts: tuple[np.ndarray, Mapping[str, np.ndarray]]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Train, validation and test split, checked."""
+    checked = [_checked(name, *part) for name, part in zip(("train", "validation", "test"), parts, strict=True)]
+    widths = [x.shape[1] for x, _ in checked]
     if len(set(widths)) > 1:
         raise ValueError(
             f"the splits have {widths[0]}, {widths[1]} and {widths[2]} features, expected the same number in each."
         )
+    return checked
 
 
 def _checked(

@@ -20,6 +20,7 @@ from hub_scripts.evaluation.features import FEATURES
 from hub_scripts.evaluation.layer_profiles import weight_profile
 from hub_scripts.evaluation.moments import layer_moments, network_moments
 from hub_scripts.evaluation.prototypes import Prototypes
+from hub_scripts.zoos.alignment import unaligned
 from hub_scripts.zoos.tasks import SPLITS
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import SaneModel
@@ -171,17 +172,10 @@ class Representations:
             if all(draw is None for draw in draws) or not self.zoo.has_symmetries:
                 found[split] = weight_features(tensors)
                 continue
-            spec = self.zoo.symmetries.of_kind("permutation", "sign")
             undone = []
             for row, draw in enumerate(draws):
                 state_dict = {name: values[row] for name, values in tensors.items()}
-                if draw is not None:
-                    # signs were stored as whole numbers beside permutations
-                    draw = [
-                        torch.tensor(value, dtype=torch.int64 if group.kind == "permutation" else torch.float64)
-                        for value, group in zip(draw, spec.groups, strict=True)
-                    ]
-                    state_dict = spec.apply(state_dict, spec.invert(draw))
+                state_dict = unaligned(self.zoo.symmetries, state_dict, draw)
                 undone.append(weight_features({name: value[None] for name, value in state_dict.items()}))
             found[split] = np.concatenate(undone)
         return found

@@ -1,6 +1,6 @@
 """Aligns the networks of a zoo to one of them, and says how much that shrank the distance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,3 +40,19 @@ class ZooAligner:
             "alignment_distance_after": weight_distance(aligned, self.reference),
             "alignment_permutations": [value.long().tolist() for value in draw],
         }
+
+
+def unaligned(
+    spec: SymmetrySpec, state_dict: Mapping[str, torch.Tensor], permutations: Sequence[Sequence[int]] | None
+) -> dict[str, torch.Tensor]:
+    """A checkpoint as training left it.
+
+    Args:
+        spec ([`SymmetrySpec`]): of the zoo's networks.
+        state_dict (`Mapping[str, torch.Tensor]`): the aligned weights of a row.
+        permutations (`Sequence[Sequence[int]]`, *optional*): the row's `alignment_permutations`; a row without was not aligned.
+    """
+    if permutations is None:
+        return dict(state_dict)
+    spec = spec.of_kind("permutation", "sign")
+    return spec.apply(state_dict, spec.invert([torch.tensor(value) for value in permutations]))
