@@ -140,7 +140,7 @@ def _targets(zoo: Zoo, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]
     columns = zoo.rows("train").features
     if list(names) == ["all"]:
         known = ["epoch", *property_columns(columns), *hparam_columns(columns)]
-        names = [name for name in known if _is_numeric(zoo, name) and np.ptp(_numbers(zoo, "train", name)) > 0]
+        names = [name for name in known if _is_numeric(zoo, name) and _varies(_numbers(zoo, "train", name))]
     targets = {}
     for name in names:
         if name not in columns:
@@ -156,6 +156,11 @@ def _targets(zoo: Zoo, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]
 
 def _is_numeric(zoo: Zoo, name: str) -> bool:
     return all(is_missing(v) or isinstance(v, (int, float)) for v in zoo.rows("train")[name][:])
+
+
+def _varies(values: np.ndarray) -> bool:
+    """True if the values that are there differ."""
+    return len(np.unique(values[np.isfinite(values)])) > 1
 
 
 def _numbers(zoo: Zoo, split: str, name: str) -> np.ndarray:

@@ -67,9 +67,10 @@ def test_a_property_that_is_missing_for_some_is_left_out_there_and_counted(
         return rows if values is None else rows.remove_columns("test_accuracy").add_column("test_accuracy", values)
 
     monkeypatch.setattr(Zoo, "rows", with_gap)
-    arguments = {"properties": ["test_accuracy", "epoch"], "all_epochs": False, "representations": ["sane_moments"]}
+    arguments = {"properties": ["all"], "all_epochs": False, "representations": ["sane_moments"]}
     probe(settings(tiny_zoo, tiny_model, tmp_path / "p", **arguments))
     written = json.loads((tmp_path / "p" / "results.json").read_text())
+    assert {"test_accuracy", "epoch", "hparams_learning_rate"} <= set(written["probe"])
     assert written["left_out"] == {"test_accuracy": {"train": 1, "validation": 0, "test": 0}}
     assert "`test_accuracy` is missing for 1 of them" in (tmp_path / "p" / "probe.md").read_text()
 
