@@ -10,7 +10,10 @@ and 210 ReLU CNNs with batch norm on scikit-learn's digits, with label noise and
 (`--preset multi-zoo`, as many steps for all seeds), and `sane probe` measures all representations on both test splits, with its
 defaults and each other's zoo as the transfer. `cells` compares SANE's default with the better of the two variants of s(W), ridge with
 ridge and trees with trees: means over the seeds, and in how many seeds the 95 % interval of the difference lies above 0 (a bootstrap
-over models on the same draws). Nothing is chosen on test data: probes, bands and numbers of trees follow the validation split.
+over models on the same draws). Within a run nothing is chosen on
+test data: probes, bands and numbers of trees follow the validation split. But the design itself (which moments, how prototypes are made,
+settings of the trees) was found while looking at the test split of seed 0, which is the split that both zoos are stored with. So
+`cells_of_other_seeds` counts the seeds after the first alone; most of their test networks were not looked at then.
 
 `search`, `speed` and `mhcnuggets` are described in `benchmarks/analysis_search.py`, `nfn`, a network on weights that is trained on the
 properties directly, in `benchmarks/analysis_nfn.py`.
@@ -108,6 +111,8 @@ def measure_probes(
         "steps": steps,
         "seeds": list(seeds),
         "cells": cells(runs, names),
+        # the design was found while looking at the first one's test split
+        "cells_of_other_seeds": cells({str(seed): runs[str(seed)] for seed in seeds[1:]}, names),
         "transfer": moved(runs, names),
         "runs": runs,
     }
