@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+MAX_DRAWS = 10  # of random weights, until the network says something about its inputs
+
 
 class NetworkFunction:
     """A copy of a module as a function of its tensors, in float64, with random weights and biases.
@@ -20,8 +22,13 @@ class NetworkFunction:
     def __init__(
         self, module: nn.Module, example_inputs: Any, select_outputs: Callable[[Any], Any] | None = None
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
         self.select_outputs = select_outputs or (lambda outputs: outputs)
+        for seed in range(MAX_DRAWS):
+            self._draw(module, example_inputs, torch.Generator().manual_seed(seed))
+            if self._is_alive():
+                break
+
+    def _draw(self, module: nn.Module, example_inputs: Any, generator: torch.Generator) -> None:
         self.module = copy.deepcopy(module).cpu().double().eval().requires_grad_(True)
         with torch.no_grad():
             for tensor in self.module.parameters():
@@ -34,6 +41,29 @@ class NetworkFunction:
         self.tensors, self.ties = _named_tensors(self.module)
         with torch.no_grad():
             self.expected = self.outputs()
+
+    @torch.no_grad()
+    def _is_alive(self) -> bool:
+        """False if no output notices a small change of the floating inputs: a narrow layer of ReLUs may be silent on all of them.
+
+        Tensors before it would then seem not to matter, and groups that forget them would hold.
+        """
+        generator, before = torch.Generator().manual_seed(3), (self.args, self.kwargs)
+        inputs = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        if not inputs:
+            return True
+
+        def nudged(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return value + 1e-4 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+
+        self.args = tuple(map(nudged, self.args))
+        self.kwargs = {name: nudged(value) for name, value in self.kwargs.items()}
+        try:
+            return self.change({}) > 0
+        finally:
+            self.args, self.kwargs = before
 
     @torch.no_grad()
     def _calibrate_norms(self, generator: torch.Generator) -> None:

@@ -137,6 +137,20 @@ def test_a_twin_of_all_kinds_has_the_same_function_and_is_brought_back_to_the_bi
     assert weight_distance(aligned, state) < 1e-5
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_narrow_layer_of_relus_that_is_silent_at_first_hides_no_tensor(seed):
+    """The weights that symmetries are tried on are drawn until the outputs depend on the inputs."""
+    torch.manual_seed(seed)
+    rows = torch.randn(4, 8)
+    module = nn.Sequential(
+        *(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    ).double()
+    spec, state = find_symmetries(module, rows), module.state_dict()
+    before = module(rows.double())
+    module.load_state_dict(spec.apply(state, spec.draw(torch.Generator().manual_seed(seed))))
+    torch.testing.assert_close(module(rows.double()), before, rtol=1e-10, atol=1e-12)
+
+
 def test_compose_and_invert_carry_factors_along_with_the_units():
     module = mlp(nn.Identity())
     spec, state = find_symmetries(module, ROWS), module.state_dict()
