@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument(
         "--wheels", type=Path, help="folder that holds the mhcnuggets package; by default pip downloads it"
     )
+    parser.add_argument("--model", type=Path, help="a SANE model of the first zoo; by default one is trained")
     parser.add_argument("--work-dir", type=Path, help="keep zoos, models and figures here")
     args = parser.parse_args()
     results: dict[str, Any] = read_json(args.out) if args.out.exists() else {}

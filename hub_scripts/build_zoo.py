@@ -32,7 +32,7 @@ from hub_scripts.zoos.population import (
 )
 from hub_scripts.zoos.schema import HPARAM, ZOO_FILE, column_types
 from hub_scripts.zoos.splits import split_models
-from hub_scripts.zoos.sweep import SWEEPS, Member, draw_members, make_groups, num_combinations
+from hub_scripts.zoos.sweep import SWEEPS, Member, draw_classes, draw_members, make_groups, num_combinations
 from hub_scripts.zoos.tasks import Task, load_task
 from hub_scripts.zoos.writer import ZooWriter
 from tokenization_sane import CheckpointLayout, SaneWeightTokenizer, SymmetrySpec
@@ -55,7 +55,9 @@ class BuildZooArguments:
           --architecture hub_scripts.zoos.architectures:ModelZooCNN --num-models 1000 --batch-size 128 --epochs 25 \
           --keep-epochs 0 1 2 5 10 15 20 25 --sweep random --sweep-architecture '{"activation": ["tanh", "relu", "gelu"]}' \
           --dropouts 0 0.2 --data-fractions 0.5 1 --num-workers 2
-    The second one trains a thousand CNNs on Fashion-MNIST (apt-get install dataset-fashion-mnist).
+      sane build-zoo --output-dir runs/tasks --classes-per-network 4 --num-models 210 --epochs 12 --sweep random
+    The second one trains a thousand CNNs on Fashion-MNIST (apt-get install dataset-fashion-mnist), the third one networks of
+    many tasks, for `sane prompt`.
     """
 
     output_dir: str = field(metadata={"help": "Folder of the zoo; must not exist yet."})
@@ -118,6 +120,14 @@ class BuildZooArguments:
         default_factory=lambda: [0.0],
         metadata={"help": "Shares of a network's training images with a wrong label to sweep over."},
     )
+    classes_per_network: int | None = field(
+        default=None,
+        metadata={
+            "help": "Give each network so many classes of the task, drawn and ordered for it (column hparams_classes, as 3-1-4-5): it "
+            "learns these alone, and its figures are of these; networks of the validation and test splits have orders that "
+            "no train network has. num_classes (num_labels for transformers) follows. By default all know all classes."
+        },
+    )
     models_per_batch: int | None = field(
         default=None,
         metadata={
@@ -142,6 +152,8 @@ class BuildZooArguments:
             raise ValueError("--epochs and --batch-size must be at least 1.")
         if self.num_workers < 0 or self.seed < 0 or (self.models_per_batch is not None and self.models_per_batch < 1):
             raise ValueError("--num-workers and --seed must not be negative, and --models-per-batch at least 1.")
+        if self.classes_per_network is not None and self.classes_per_network < 2:
+            raise ValueError(f"--classes-per-network is {self.classes_per_network}, expected at least 2.")
         for name, values in self.settings().items():
             if not values:
                 raise ValueError(f"--{name.replace('_', '-')}s is empty, expected at least one value.")
@@ -179,7 +191,11 @@ class BuildZooArguments:
 
     def kwargs(self) -> dict[str, Any]:
         """The architecture's arguments that all networks share."""
-        return _json_object(self.architecture_kwargs, "--architecture-kwargs", '{"hidden_size": 20}')
+        given = _json_object(self.architecture_kwargs, "--architecture-kwargs", '{"hidden_size": 20}')
+        if self.classes_per_network is None:
+            return given
+        name = "num_labels" if self.architecture.startswith("transformers:") else "num_classes"
+        return {name: self.classes_per_network, **given}
 
     def swept_kwargs(self) -> dict[str, list[Any]]:
         """The architecture's arguments that are swept over, with their values."""
@@ -187,7 +203,7 @@ class BuildZooArguments:
         for name, values in swept.items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"--sweep-architecture: {name} is {values!r}, expected a list of its values.")
-        taken = [n for n in swept if n in (*self.settings(), "seed") or (n == "dropout" and self.dropouts)]
+        taken = [n for n in swept if n in (*self.settings(), "seed", "classes") or (n == "dropout" and self.dropouts)]
         if taken:
             raise ValueError(f"--sweep-architecture: {taken[0]} has a flag of its own, leave it out.")
         return swept | ({"dropout": self.dropouts} if self.dropouts else {})
@@ -232,6 +248,12 @@ def build_zoo(args: BuildZooArguments) -> dict[str, Any]:
             for split, numbers in split_models(len(members), args.seed).items()
             for i in numbers
         }
+        if args.classes_per_network is not None:
+            if args.classes_per_network > task.num_classes:
+                raise ValueError(
+                    f"--classes-per-network is {args.classes_per_network}, but {args.task} has {task.num_classes} classes."
+                )
+            members = draw_classes(members, splits, task.num_classes, args.classes_per_network, args.seed)
         kinds = _find_kinds(args, members, splits, task)
         sizes = {kwargs: args.models_per_batch or kind.models_per_batch for kwargs, kind in kinds.items()}
         groups = {
@@ -341,10 +363,11 @@ def _check_fits(args: BuildZooArguments, module: nn.Module, kwargs: Mapping[str,
             f"{str(error).splitlines()[0]}. Say so in --architecture-kwargs, for instance with image_size."
         ) from error
     logits = output if isinstance(output, torch.Tensor) else output.logits
-    if logits.dim() != 2 or logits.shape[1] < task.num_classes:
+    expected = args.classes_per_network or task.num_classes
+    if logits.dim() != 2 or logits.shape[1] < expected:
         raise ValueError(
             f"{args.architecture} with {json.dumps(kwargs)} gives an output of shape {tuple(logits.shape)} for 2 images, expected "
-            f"(2, {task.num_classes}); give num_classes (num_labels for transformers) in --architecture-kwargs."
+            f"(2, {expected}); give num_classes (num_labels for transformers) in --architecture-kwargs."
         )
 
 
@@ -437,6 +460,7 @@ def _assemble(
         "task": args.task,
         "pixel_mean": task.pixel_mean,
         "pixel_std": task.pixel_std,
+        "classes_per_network": args.classes_per_network,
         "license": args.license,
         "num_models": len(runs),
         "num_checkpoints": sum(counts.values()),

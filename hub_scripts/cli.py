@@ -13,6 +13,7 @@ COMMANDS = {
     "search": "the nearest networks among embedded ones: near-duplicates and the likely parent",
     "probe": "predict properties of networks from their embeddings, against the baselines",
     "sample": "generate new networks around good ones, against the baselines",
+    "prompt": "networks from a few labelled samples: train a data prompt on a zoo of many tasks, or use one",
     "finetune": "fine-tune sets of networks under one budget",
     "diff": "which layers moved between two checkpoints, after aligning them",
     "profile-layers": "layers of a zoo over epochs and depth, and which one is an outlier",

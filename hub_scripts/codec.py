@@ -26,17 +26,24 @@ def compression(layouts: Sequence[CheckpointLayout], latent_size: int) -> float:
 
 
 class Codec:
-    """Encodes and decodes many networks of one layout, a chunk at a time, without gradients.
+    """Encodes and decodes many networks of one layout, a chunk at a time.
 
     Args:
         model ([`SaneModel`]): in eval mode.
         tokenizer ([`SaneWeightTokenizer`]): the model's own.
         layout ([`CheckpointLayout`]): of the networks; it is cut as the tokenizer does.
         chunk_size (`int`): networks at a time.
+        window_size (`int`, *optional*), halo (`int`, *optional*): how long sequences are cut; default the model's own.
     """
 
     def __init__(
-        self, model: SaneModel, tokenizer: SaneWeightTokenizer, layout: CheckpointLayout, chunk_size: int = 64
+        self,
+        model: SaneModel,
+        tokenizer: SaneWeightTokenizer,
+        layout: CheckpointLayout,
+        chunk_size: int = 64,
+        window_size: int | None = None,
+        halo: int | None = None,
     ):
         if model.config.token_size != tokenizer.token_size:
             raise ValueError(
@@ -44,6 +51,7 @@ class Codec:
                 f"{tokenizer.token_size}; load both from one folder."
             )
         self.model, self.tokenizer, self.chunk_size = model, tokenizer, chunk_size
+        self.window_size, self.halo = window_size, halo
         self.layout = layout.repack(tokenizer.token_size, tokenizer.packing)
         self.mean, self.std = tokenizer.token_statistics(self.layout)
 
@@ -68,19 +76,21 @@ class Codec:
 
     def encode(self, token_values: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Latents `(networks, tokens, latent_size)` of normalised tokens `(networks, tokens, token_size)`."""
-        return self._run(self.model.encode_sequence, token_values)
+        with torch.no_grad():
+            return self._run(self.model.encode_sequence, token_values)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised tokens of latents; padding inside tokens is set to zero."""
-        return self._run(self.model.decode_sequence, latents).masked_fill(~self.layout.value_mask, 0.0)
+    def decode(self, latents: torch.Tensor, gradient: bool = False) -> torch.Tensor:
+        """Normalised tokens of latents, with a gradient if asked for; padding inside tokens is set to zero."""
+        with torch.set_grad_enabled(gradient):
+            return self._run(self.model.decode_sequence, latents).masked_fill(~self.layout.value_mask, 0.0)
 
-    @torch.no_grad()
     def _run(self, function, sequences: torch.Tensor | np.ndarray) -> torch.Tensor:
         chunks, windows = [], self._windows()
+        sizes = {"window_size": self.window_size, "halo": self.halo, "batch_size": windows}
         for start in range(0, len(sequences), self.chunk_size):
-            chunk = torch.as_tensor(np.asarray(sequences[start : start + self.chunk_size]), device=self.model.device)
+            chunk = torch.as_tensor(sequences[start : start + self.chunk_size], device=self.model.device)
             kinds = self.layout.layer_kind_ids.to(chunk.device).expand(len(chunk), -1)
-            out = function(chunk, self.layout.position_ids.to(chunk.device), layer_kind_ids=kinds, batch_size=windows)
+            out = function(chunk, self.layout.position_ids.to(chunk.device), layer_kind_ids=kinds, **sizes)
             chunks.append(out.float().cpu())
         return torch.cat(chunks)
 
@@ -89,5 +99,7 @@ class Codec:
         if self.model.device.type != "cpu":
             return self.chunk_size
         config = self.model.config
-        tokens = min(self.layout.num_tokens, config.window_size + 2 * config.halo)
+        core = config.window_size if self.window_size is None else self.window_size
+        halo = config.halo if self.halo is None else self.halo
+        tokens = min(self.layout.num_tokens, core + 2 * halo)
         return max(1, min(self.chunk_size, CACHED_VALUES // (tokens * config.mlp_size)))

@@ -307,7 +307,7 @@ def _report(folder: Path, results: dict[str, Any]) -> None:
             [
                 Table(
                     ("start", *(f"epoch {e}" for e in finetuned["epochs"])),
-                    [(n, *(f"{v:.3f}" for v in c)) for n, c in finetuned.items() if n not in ("epochs", "std")],
+                    [(n, *(f"{v:.3f}" for v in finetuned[n])) for n in finetuned["sets"]],
                 )
             ],
         ),
@@ -318,7 +318,8 @@ def _report(folder: Path, results: dict[str, Any]) -> None:
 def _print(results: dict[str, Any], output_dir: str) -> None:
     reconstruction, samples = results["reconstruction"], results["sample"]
     probes = results["probe"]["test_accuracy"]
-    first, last = ({n: c[i] for n, c in results["finetune"].items() if n not in ("epochs", "std")} for i in (0, -1))
+    finetuned = results["finetune"]
+    first, last = ({name: finetuned[name][i] for name in finetuned["sets"]} for i in (0, -1))
     print(
         f"""
 In {results["seconds"]["total"]:.0f} s, all on networks that SANE has not seen:

@@ -1,7 +1,8 @@
 """Generate new networks around good ones, beside what critics ask for: noise, averages, and distances to the training data."""
 
-import re
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,45 +11,67 @@ import numpy as np
 import torch
 
 from hub_scripts.arguments import parse_arguments, run_command
-from hub_scripts.codec import Codec
-from hub_scripts.evaluation import plots
-from hub_scripts.evaluation.baselines import average_anchors, nearest_distances, noise_around
-from hub_scripts.evaluation.functional import condition_norms, evaluate
+from hub_scripts.codec import load_pretrained
+from hub_scripts.evaluation import generation_plots, plots
+from hub_scripts.evaluation.baselines import noise_around
+from hub_scripts.evaluation.functional import build_module
+from hub_scripts.generation.anchors import Anchors, load_anchors
+from hub_scripts.generation.draws import Sensitivity, check_modes, fit_flow, fit_sampler
+from hub_scripts.generation.growth import GrowthReport, grow_networks
+from hub_scripts.generation.heads import HEADS, adapt_task, replace_head, require_classes
+from hub_scripts.generation.judge import NORMS, TOP, Judge, Judged
+from hub_scripts.generation.refinement import THROUGH, ensemble_probabilities, refine
+from hub_scripts.generation.target_codec import codec_for
 from hub_scripts.hub import publish_folder
 from hub_scripts.model_cards import networks_card, public_settings
 from hub_scripts.outputs import new_folder, write_json, write_text
+from hub_scripts.symmetries import cached_symmetries
 from hub_scripts.zoos.networks import save_networks
-from hub_scripts.zoos.tasks import Task, load_task
+from hub_scripts.zoos.tasks import load_task
 from hub_scripts.zoos.zoo import Zoo
-from modeling_sane import KernelDensitySampler
+from modeling_sane.generation_sane import LatentSampler
+from tokenization_sane import SaneWeightTokenizer
 
 PROGRAM = "sane sample"
-MODES = ("joint", "token", "dimension")
 NETWORKS_FOLDER = "networks"
-TOP = 5  # networks in `accuracy_top5`, chosen on validation images
+SAMPLER_FOLDER = "sampler"
+TARGETS = ("anchors", "labels")
+AT_CHANCE = 3  # exit code
+GROWTH_IMAGES = 64  # on which functions before and after are compared
+TIE_NOISE = 0.1  # of copies of one unit, so that training can move them apart
 
 
 @dataclass
 class SampleArguments:
-    """Generate networks: fit a kernel density to the latents of good networks of the train split, draw, decode, keep the best.
+    """Generate networks: fit a density to the latents of good networks of the train split, draw, decode, keep the best.
 
     Beside each set stand its accuracy at epoch 0 and its distance to the nearest training checkpoint, and the same for the
     anchors, anchors plus noise, averages of anchors, and real networks of the test split.
 
     Example:
       sane sample --model runs/model --zoo runs/zoo --output-dir runs/sample --anchors top:10 --count 50 --keep 10
+      sane sample --model runs/model --zoo runs/zoo --output-dir runs/flow --mode flow --condition validation_accuracy=0.8
+      sane sample --model runs/model --zoo runs/zoo --output-dir runs/mine --anchors a.safetensors b.safetensors --mode laplace
     """
 
     model: str = field(metadata={"help": "Folder or Hub repository of a SANE model with its tokenizer."})
     zoo: str = field(metadata={"help": "Folder of a zoo, or a dataset repository on the Hub."})
     output_dir: str = field(metadata={"help": "Folder for networks, results.json and plots; must not exist yet."})
-    anchors: str = field(
-        default="top:10",
-        metadata={"help": "Networks to sample around, last epoch of the train split: top:N or random:N."},
+    anchors: list[str] = field(
+        default_factory=lambda: ["top:10"],
+        metadata={
+            "help": "Networks to sample around: last checkpoints of the train split by a rule (top:N on validation images, random:N, "
+            "ids:NAME,NAME), or checkpoints: files, folders, Hub repositories."
+        },
     )
     mode: list[str] = field(
-        default_factory=lambda: [*MODES],
-        metadata={"help": "What one draw takes from one anchor: joint (the whole network), token, or dimension."},
+        default_factory=lambda: ["laplace", "joint", "token", "dimension"],
+        metadata={
+            "help": "How to draw. laplace: around an anchor, in directions that hardly change what it says on images of the task (no "
+            "labels); joint, token, dimension: kernel density that takes the whole network, each token or each value from one "
+            "anchor; gaussian: mean and covariance of the anchors; interpolation: between and beyond anchors; flow: a "
+            "transformer trained on the latents of the whole train split, without anchors."
+        },
     )
     bandwidth: float = field(
         default=0.2, metadata={"help": "Standard deviation of the kernels in the latents' own unit."}
@@ -57,15 +80,86 @@ class SampleArguments:
         default_factory=lambda: [0.05, 0.1, 0.2, 0.4],
         metadata={"help": "More bandwidths, for the plot of accuracy against distance."},
     )
+    laplace_bandwidth: float = field(
+        default=0.7, metadata={"help": "The same for mode laplace, which can go further from the anchors."}
+    )
+    laplace_bandwidths: list[float] = field(
+        default_factory=lambda: [0.2, 0.4, 0.7, 1.0, 1.3], metadata={"help": "More of them, for the plot."}
+    )
+    laplace_images: int = field(
+        default=2000,
+        metadata={"help": "Images of the task's train split on which mode laplace keeps what anchors say."},
+    )
+    flow_steps: int = field(default=1500, metadata={"help": "Training steps of mode flow."})
+    condition: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Properties that mode flow shall aim at, NAME=VALUE: numeric columns of the zoo."},
+    )
     noises: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 0.2, 0.4],
+        default_factory=lambda: [0.05, 0.1, 0.2, 0.4, 0.8],
         metadata={"help": "Weight noise of the noise baseline, in standard deviations over the train split; the first results "
-                  "take the one whose distance is nearest to that of the joint samples."},
+                  "take the one whose distance is nearest to that of the first mode's samples."},
     )  # fmt: skip
     average: int = field(default=2, metadata={"help": "Anchors in an average."})
     count: int = field(default=50, metadata={"help": "Networks to draw for each set."})
     keep: int = field(default=10, metadata={"help": "Networks of each set to write, the best on validation images."})
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "More than 1: the kept networks become the anchors of the next round (bootstrap), for each mode."
+        },
+    )
+    refine_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Gradient steps on the drawn latents through the frozen decoder, as further sets NAME_refined; 0 for none."
+        },
+    )
+    refine_target: str = field(
+        default="anchors",
+        metadata={
+            "help": "What they aim at: anchors (what the anchors together say; no labels) or labels of the task's images."
+        },
+    )
+    refine_through: str = field(
+        default="latents", metadata={"help": "latents, or weights: the same steps without decoder."}
+    )
+    refine_learning_rate: float = field(default=0.02, metadata={"help": "Of these steps, in standard deviations."})
+    refine_batch_size: int = field(default=128, metadata={"help": "Images in such a step."})
+    norms: str = field(
+        default="data",
+        metadata={
+            "help": "Running statistics of norms: data (measured on train images for each network) or none (as decoded)."
+        },
+    )
+    window_size: int | None = field(
+        default=None, metadata={"help": "Tokens that a window of the decoder gives; default the model's."}
+    )
+    halo: int | None = field(
+        default=None, metadata={"help": "Context tokens on both sides of a window; default the model's."}
+    )
     task: str | None = field(default=None, metadata={"help": "Task to judge them on; by default the zoo's own."})
+    resize: bool = field(
+        default=False, metadata={"help": "Bring images of --task that do not fit the networks to a size that does."}
+    )
+    new_head: str | None = field(
+        default=None,
+        metadata={
+            "help": "Give the networks a new classifier for --task: ridge (solved in closed form on labelled samples) or init "
+            "(random). Needed where it has another number of classes."
+        },
+    )
+    shots: int = field(default=20, metadata={"help": "Labelled images of each class for --new-head ridge."})
+    target_architecture: str | None = field(
+        default=None,
+        metadata={
+            "help": "Generate networks of another architecture, 'package.module:Callable': the anchors are mapped to it first "
+            "(wider, deeper, other kernels; the function is kept where that is possible)."
+        },
+    )
+    target_kwargs: str | None = field(
+        default=None, metadata={"help": "Its arguments as JSON, where they differ from those of the zoo's networks."}
+    )
     push_to_hub: str | None = field(
         default=None,
         metadata={"help": "Publish the networks that are kept, with their card, as this model repository."},
@@ -78,149 +172,281 @@ class SampleArguments:
     seed: int = field(default=0, metadata={"help": "Of anchors, draws and noise."})
 
     def __post_init__(self):
-        if not re.fullmatch(r"(top|random):[1-9]\d*", self.anchors):
-            raise ValueError(f"--anchors is {self.anchors!r}, expected top:N or random:N, such as top:10.")
-        unknown = set(self.mode) - set(MODES)
-        if unknown or not self.mode:
-            raise ValueError(f"--mode is {self.mode}, expected some of {', '.join(MODES)}.")
+        self.anchors = [self.anchors] if isinstance(self.anchors, str) else self.anchors
+        check_modes(self.mode, num_anchors=2)
         if self.count < 1 or not 1 <= self.keep <= self.count:
             raise ValueError(f"--keep is {self.keep} and --count {self.count}, expected 1 <= keep <= count.")
+        if self.rounds < 1:
+            raise ValueError(f"--rounds is {self.rounds}, expected at least 1.")
+        for name, known in (("norms", NORMS), ("refine_through", THROUGH), ("refine_target", TARGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)!r}, expected {' or '.join(known)}."
+                )
+        if self.new_head is not None and self.new_head not in HEADS:
+            raise ValueError(f"--new-head is {self.new_head!r}, expected {' or '.join(HEADS)}.")
+        if self.condition and "flow" not in self.mode:
+            raise ValueError(
+                "--condition needs --mode flow; other modes know no conditions: choose anchors by them instead."
+            )
+        self.conditions()
+
+    def conditions(self) -> dict[str, float]:
+        """`--condition` as names and values."""
+        found = {}
+        for text in self.condition:
+            name, separator, value = text.partition("=")
+            try:
+                found[name] = float(value)
+            except ValueError:
+                separator = ""
+            if not separator:
+                raise ValueError(f"--condition is {text!r}, expected NAME=VALUE, such as validation_accuracy=0.8.")
+        return found
 
 
-class _Judge:
-    """Accuracy and distance of sets of networks."""
+class _Sampling:
+    """Draws sets of networks and judges them."""
 
-    def __init__(self, zoo: Zoo, codec: Codec, task: Task):
-        self.zoo, self.codec, self.task = zoo, codec, task
-        self.mask = codec.layout.value_mask
-        self.train = self.flat(codec.tokens(zoo.stacked("train")))
+    def __init__(self, args: SampleArguments):
+        self.args = args
+        self.zoo = Zoo(args.zoo, on_error=args.on_error)
+        self.module = self.zoo.module
+        self.task = adapt_task(self.module, load_task(args.task) if args.task else self.zoo.task, args.resize)
+        require_classes(self.module, self.task, args.new_head)
+        model, tokenizer = load_pretrained(args.model)
+        model.requires_grad_(False)
+        self.anchors = load_anchors(self.zoo, args.anchors, tokenizer, args.seed)
+        check_modes(args.mode, len(self.anchors))
+        row = self.zoo.rows("train")[0]
+        self.architecture, self.kwargs = row["architecture"], json.loads(row["architecture_kwargs"] or "{}")
+        self.growth: GrowthReport | None = None
+        if args.new_head:
+            self._replace_head()
+        if args.target_architecture or args.target_kwargs:
+            self._grow(tokenizer)
+        layout = tokenizer.layout({name: tensor[0] for name, tensor in self.anchors.tensors.items()})
+        self.is_new_layout = (
+            layout.fingerprint != self.zoo.layout.repack(tokenizer.token_size, tokenizer.packing).fingerprint
+        )
+        if self.is_new_layout and "flow" in args.mode:
+            raise ValueError(
+                "--mode flow learns the networks of the zoo; for another architecture or other classes take another mode."
+            )
+        self.codec = codec_for(
+            model, tokenizer, layout if self.is_new_layout else self.zoo.layout, self.anchors.tensors
+        )
+        self.codec.window_size, self.codec.halo = args.window_size, args.halo
+        self.judge = Judge(self.zoo, self.codec, self.module, self.task, args.keep, args.norms, self.is_new_layout)
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.anchor_tokens = self.codec.tokens(self.anchors.tensors)
+        self.latents = self.codec.encode(self.anchor_tokens)
+        self.sets: dict[str, Judged] = {}
+        self.curves: dict[str, list[dict[str, float]]] = {}
+        self.samplers: dict[str, LatentSampler] = {}
+        self._drawn: dict[str, torch.Tensor] = {}  # latents of each mode
 
-    def flat(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Normalised weights `(networks, values)`, padding left out."""
-        return tokens[:, self.mask]
+    def _replace_head(self) -> None:
+        """Give the anchors a classifier for the task; what follows takes them as they are then."""
+        self.module, self.kwargs, tensors = replace_head(
+            self.architecture, self.kwargs, self.anchors.tensors, self.task, self.args.new_head, self.args.shots, self.args.seed
+        )  # fmt: skip
+        self.anchors = Anchors(tensors, self.anchors.names)
 
-    def tokens(self, flat: torch.Tensor) -> torch.Tensor:
-        """Undo [`~_Judge.flat`]."""
-        tokens = torch.zeros(len(flat), *self.mask.shape)
-        tokens[:, self.mask] = flat
-        return tokens
+    def _grow(self, tokenizer: SaneWeightTokenizer) -> None:
+        """Map the anchors to the target architecture, which takes the place of the zoo's own."""
+        if self.args.target_architecture:
+            self.architecture, self.kwargs = self.args.target_architecture, {}
+        self.kwargs |= json.loads(self.args.target_kwargs or "{}")
+        target = build_module(self.architecture, self.kwargs).eval()
+        images = self.task.images["train"][:GROWTH_IMAGES]
+        spec = cached_symmetries(target, tokenizer.layout(target), images[:2])
+        before = (
+            self.zoo.symmetries
+            if not self.args.new_head
+            else cached_symmetries(self.module, tokenizer.layout(self.module), images[:2])
+        )
+        tensors, self.growth = grow_networks(
+            self.anchors.tensors, self.module, before, target, spec, images, TIE_NOISE, torch.Generator().manual_seed(self.args.seed)
+        )  # fmt: skip
+        self.anchors, self.module = Anchors(tensors, self.anchors.names), target
 
-    def __call__(self, flat: torch.Tensor) -> dict[str, Any]:
-        """Networks given as normalised weights: their tensors, accuracies and figures."""
-        images, labels = self.task.images, self.task.labels
-        tensors = self.codec.tensors(self.tokens(flat))
-        tensors = condition_norms(self.zoo.module, tensors, images["train"])
-        validation = evaluate(self.zoo.module, tensors, images["validation"], labels["validation"]).accuracy
-        accuracy = evaluate(self.zoo.module, tensors, images["test"], labels["test"]).accuracy
-        order = np.argsort(-validation, kind="stable")
-        distances = nearest_distances(flat, self.train)
-        figures = {
-            "accuracy_mean": accuracy.mean(),
-            "accuracy_std": accuracy.std(),
-            f"accuracy_top{TOP}": accuracy[order[:TOP]].mean(),
-            "nearest_train_distance": distances.mean(),
-            "count": len(flat),
-        }
-        return {"tensors": tensors, "order": order, "accuracy": accuracy, "distance": distances, "figures": figures}
+    @property
+    def sensitivity(self) -> Sensitivity:
+        return Sensitivity(self.module, self._some_images(self.args.laplace_images)[0])
+
+    def _some_images(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train images and labels, the same for all who ask for as many."""
+        images, labels = self.task.images["train"], self.task.labels["train"]
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.args.seed))[:count]
+        return images[chosen], labels[chosen]
+
+    def generate(self) -> None:
+        """The sets of all modes, and their curves of accuracy against distance."""
+        for mode in self.args.mode:
+            if mode == "flow":
+                self._flow()
+                continue
+            is_laplace = mode == "laplace"
+            bandwidth = self.args.laplace_bandwidth if is_laplace else self.args.bandwidth
+            sampler = self._fit(mode, self.latents, bandwidth)
+            self._keep(mode, sampler, sampler.sample(self.args.count, generator=self.generator))
+            if hasattr(sampler, "bandwidth"):
+                self.curves[mode] = list(
+                    self._curve(sampler, self.args.laplace_bandwidths if is_laplace else self.args.bandwidths)
+                )
+            self._bootstrap(mode, bandwidth)
+        if self.args.refine_steps:
+            for mode in self.args.mode:
+                self.sets[f"{mode}_refined"] = self.judge(self._refined(self._drawn[mode]))
+
+    def _fit(self, mode: str, latents: torch.Tensor, bandwidth: float) -> LatentSampler:
+        return fit_sampler(mode, self.codec, latents, bandwidth, self.sensitivity, self.generator)
+
+    def _flow(self) -> None:
+        conditions = self.args.conditions()
+        sampler = fit_flow(self.zoo, self.codec, conditions, self.args.flow_steps, self.args.seed)
+        asked = torch.tensor(list(conditions.values())) if conditions else None
+        self._keep("flow", sampler, sampler.sample(self.args.count, asked, generator=self.generator))
+
+    def _keep(self, mode: str, sampler: LatentSampler, drawn: torch.Tensor) -> None:
+        self.samplers[mode], self._drawn[mode] = sampler, drawn
+        self.sets[mode] = self.judge(self._networks(drawn))
+
+    @property
+    def _curve_count(self) -> int:
+        return max(1, self.args.count // 2)
+
+    def _curve(self, sampler: LatentSampler, bandwidths: list[float]) -> Iterator[dict[str, float]]:
+        before = sampler.bandwidth
+        for bandwidth in bandwidths:
+            sampler.bandwidth = bandwidth
+            drawn = sampler.sample(self._curve_count, generator=self.generator)
+            yield {"bandwidth": bandwidth, **self.judge.point(self._networks(drawn))}
+        sampler.bandwidth = before
+
+    def _bootstrap(self, mode: str, bandwidth: float) -> None:
+        """Rounds after the first: the best of the last one are the anchors of the next."""
+        for _ in range(self.args.rounds - 1):
+            best = self._drawn[mode][self.sets[mode].order[: self.args.keep].copy()]
+            sampler = self._fit(mode, best, bandwidth)
+            self._keep(mode, sampler, sampler.sample(self.args.count, generator=self.generator))
+
+    def _networks(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.codec.tensors(self.codec.decode(latents))
+
+    def _refined(self, start: torch.Tensor, through: str | None = None) -> dict[str, torch.Tensor]:
+        """Networks after some gradient steps from latents, or from tokens where the steps go through weights."""
+        images, labels = self._some_images(len(self.task.labels["train"]))
+        if self.args.refine_target == "anchors":
+            images = images[: self.args.laplace_images]
+            labels = ensemble_probabilities(self.module, self.anchors.tensors, images)
+        through = through or self.args.refine_through
+        if through == "weights" and start.shape[-1] != self.codec.tokenizer.token_size:
+            start = self.codec.decode(start)
+        values = refine(
+            self.codec, self.module, start, images, labels, steps=self.args.refine_steps,
+            learning_rate=self.args.refine_learning_rate, batch_size=self.args.refine_batch_size,
+            generator=torch.Generator().manual_seed(self.args.seed), through=through,
+        )  # fmt: skip
+        return self._networks(values) if through == "latents" else self.codec.tensors(values)
+
+    def compare(self) -> None:
+        """The sets that generated ones stand beside."""
+        flat = self.judge.flat(self.anchor_tokens)
+        # networks of a new layout have no training checkpoints; their normalised weights have a standard deviation of 1
+        std = torch.ones(flat.shape[1]) if self.is_new_layout else self.judge.train_std()
+        count, judge = self.args.count, self.judge
+
+        def networks(flat: torch.Tensor) -> dict[str, torch.Tensor]:
+            return self.codec.tensors(judge.tokens(flat))
+
+        noisy = {s: noise_around(flat, std, s, count, self.generator) for s in self.args.noises}
+        few = self._curve_count
+        self.curves["noise"] = [{"strength": s, **judge.point(networks(v[:few]))} for s, v in noisy.items()]
+        # noise is compared where it is as far from the training data as the samples are
+        reference = self.sets[self.args.mode[0]].figures["nearest_train_distance"]
+        reference = 0.0 if math.isnan(reference) else reference
+        nearest = min(
+            self.curves["noise"], key=lambda point: abs(np.nan_to_num(point["nearest_train_distance"]) - reference)
+        )
+        strength = nearest["strength"]
+        self.sets["noise"] = judge(networks(noisy[strength]))
+        self.sets["noise"].figures["strength"] = strength
+        if self.args.refine_steps:
+            self.sets["noise_refined"] = judge(self._refined(judge.tokens(noisy[strength]), "weights"))
+        subset = min(self.args.average, len(flat))
+        averages = {share: _mixed(flat, subset, share, count, self.generator) for share in AVERAGE_SHARES}
+        self.curves["average"] = [{"share": s, **judge.point(networks(v[:few]))} for s, v in averages.items()]
+        self.sets["average"] = judge(networks(averages[1.0]))
+        self.sets["anchors"] = judge(self.anchors.tensors)
+        self.sets["decoded_anchors"] = judge(self._networks(self.latents))
+        if self.is_new_layout:
+            return
+        unseen = np.flatnonzero(self.zoo.column("test", "epoch") == self.zoo.column("test", "epoch").max())
+        self.sets["unseen"] = judge(self.zoo.stacked("test", unseen))
+
+
+AVERAGE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0)  # from an anchor itself to the plain average of some
+
+
+def _mixed(flat: torch.Tensor, subset: int, share: float, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Anchors moved towards the mean of `subset` of them by a share of the way."""
+    chosen = torch.rand(count, len(flat), generator=generator).argsort(1)[:, :subset]
+    first, mean = flat[chosen[:, 0]], flat[chosen].mean(1)
+    return first + share * (mean - first)
 
 
 def sample(args: SampleArguments) -> dict[str, Any]:
     """Draw, judge, select and write; returns what `results.json` holds under `sample`."""
     with new_folder(args.output_dir) as folder:
-        zoo = Zoo(args.zoo, on_error=args.on_error)
-        task = load_task(args.task) if args.task else zoo.task
-        codec = Codec.from_pretrained(args.model, zoo.layout)
-        judge = _Judge(zoo, codec, task)
-        generator = torch.Generator().manual_seed(args.seed)
-
-        rows = choose_anchors(zoo, args.anchors, args.seed)
-        anchor_tokens = codec.tokens(zoo.stacked("train", rows))
-        anchors, latents = judge.flat(anchor_tokens), codec.encode(anchor_tokens)
-        std = judge.train.std(0)
-
-        def draw(mode: str, bandwidth: float) -> dict[str, Any]:
-            sampler = KernelDensitySampler(mode=mode, bandwidth=bandwidth).fit(latents)
-            return judge(judge.flat(codec.decode(sampler.sample(args.count, generator=generator))))
-
-        sets = {mode: draw(mode, args.bandwidth) for mode in args.mode}
-        curves = {mode: [_point("bandwidth", b, draw(mode, b)) for b in args.bandwidths] for mode in args.mode}
-        noisy = {s: judge(noise_around(anchors, std, s, args.count, generator)) for s in args.noises}
-        curves["noise"] = [_point("strength", strength, result) for strength, result in noisy.items()]
-        # noise is compared where it is as far from the training data as the samples are
-        reference = sets[args.mode[0]]["figures"]["nearest_train_distance"]
-        strength = min(noisy, key=lambda s: abs(noisy[s]["figures"]["nearest_train_distance"] - reference))
-        sets["noise"] = noisy[strength]
-        sets["noise"]["figures"]["strength"] = strength
-        subset = min(args.average, len(anchors))
-        sets["average"] = judge(average_anchors(anchors, args.count, subset, generator))
-        sets["anchors"] = judge(anchors)
-        sets["decoded_anchors"] = judge(judge.flat(codec.decode(latents)))
-        unseen = np.flatnonzero(zoo.column("test", "epoch") == zoo.column("test", "epoch").max())
-        sets["unseen"] = judge(judge.flat(codec.tokens(zoo.stacked("test", unseen))))
-
-        results = {name: result["figures"] for name, result in sets.items()}
-        _write(folder, args, zoo, sets, results, curves, rows)
+        sampling = _Sampling(args)
+        sampling.generate()
+        sampling.compare()
+        results = {name: judged.figures for name, judged in sampling.sets.items()}
+        for name in sampling.args.mode:
+            results[name]["accuracy_ensemble"] = sampling.judge.ensemble_accuracy(sampling.sets[name])
+            results[name]["is_at_chance"] = sampling.judge.is_at_chance(sampling.sets[name])
+        _write(folder, sampling, results)
     return results
 
 
-def choose_anchors(zoo: Zoo, rule: str, seed: int) -> np.ndarray:
-    """Rows of the train split to sample around: last checkpoints, the best on validation images or random ones.
-
-    Raises:
-        ValueError: If the split holds fewer models than asked for.
-    """
-    kind, _, number = rule.partition(":")
-    epochs = zoo.column("train", "epoch")
-    last = np.flatnonzero(epochs == epochs.max())
-    if int(number) > len(last):
-        raise ValueError(
-            f"--anchors {rule} asks for more than the {len(last)} models of the train split of {zoo.name}."
-        )
-    if kind == "random":
-        return np.random.default_rng(seed).choice(last, int(number), replace=False)
-    return last[np.argsort(-zoo.column("train", "validation_accuracy")[last], kind="stable")[: int(number)]]
-
-
-def _point(name: str, value: float, result: Mapping[str, Any]) -> dict[str, float]:
-    figures = result["figures"]
-    return {name: value, **{key: figures[key] for key in ("accuracy_mean", "nearest_train_distance")}}
-
-
-def _write(
-    folder: Path, args: SampleArguments, zoo: Zoo, sets: dict, results: dict, curves: dict, rows: np.ndarray
-) -> None:
+def _write(folder: Path, sampling: _Sampling, results: dict[str, Any]) -> None:
+    args, zoo, sets = sampling.args, sampling.zoo, sampling.sets
     best = {
-        name: result["order"][: args.keep]
-        for name, result in sets.items()
-        if name not in ("unseen", "decoded_anchors")
+        name: judged.order[: args.keep] for name, judged in sets.items() if name not in ("unseen", "decoded_anchors")
     }
-    networks = {name: {k: t[index.copy()] for k, t in sets[name]["tensors"].items()} for name, index in best.items()}
-    row = zoo.rows("train")[int(rows[0])]
+    networks = {name: {k: t[index.copy()] for k, t in sets[name].tensors.items()} for name, index in best.items()}
     info = {
-        "architecture": row["architecture"],
-        "architecture_kwargs": row["architecture_kwargs"],
+        "architecture": sampling.architecture,
+        "architecture_kwargs": json.dumps(sampling.kwargs),
         "task": args.task or zoo.info["task"],
-        "anchors": [zoo.rows("train")[int(i)]["model_id"] for i in rows],
+        "anchors": sampling.anchors.names,
         "arguments": public_settings(asdict(args)),
         "sets": {
             name: [
-                {"file": f"{name}/{i:03d}.safetensors", "test_accuracy": float(sets[name]["accuracy"][k]),
-                 "nearest_train_distance": float(sets[name]["distance"][k])}
+                {"file": f"{name}/{i:03d}.safetensors", "test_accuracy": float(sets[name].accuracy[k]),
+                 "nearest_train_distance": float(sets[name].distance[k])}
                 for i, k in enumerate(index)
             ]
             for name, index in best.items()
         },
     }  # fmt: skip
     save_networks(folder / NETWORKS_FOLDER, networks, info)
+    for mode, sampler in sampling.samplers.items():
+        if mode == "flow":  # the others are fitted again in seconds
+            sampler.save_pretrained(folder / SAMPLER_FOLDER / mode)
     name = args.push_to_hub or f"Networks generated from {Path(zoo.name).name}"
     write_text(folder / NETWORKS_FOLDER / "README.md", networks_card(name, args.model, zoo, results, info))
-    shown = {name: result["accuracy"] for name, result in sets.items()}
+    shown = {name: judged.accuracy for name, judged in sets.items()}
     plots.accuracy_histogram(shown).savefig(folder / "accuracy.png")
-    scatter = {name: (result["distance"], result["accuracy"]) for name, result in sets.items()}
+    scatter = {name: (judged.distance, judged.accuracy) for name, judged in sets.items()}
     plots.accuracy_against_distance(scatter).savefig(folder / "accuracy_against_distance.png")
+    generation_plots.curves(sampling.curves, results).savefig(folder / "curves.png")
     write_json(
         folder / "results.json",
-        {"sample": results, "curves": curves, "anchors": info["anchors"], "arguments": asdict(args)},
+        {"sample": results, "curves": sampling.curves, "anchors": info["anchors"], "arguments": asdict(args)}
+        | ({"growth": asdict(sampling.growth)} if sampling.growth else {}),
     )
 
 
@@ -229,10 +455,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(SampleArguments, argv, PROGRAM)
 
     def command(args: SampleArguments) -> None:
-        for name, figures in sample(args).items():
+        results = sample(args)
+        for name, figures in results.items():
             print(
                 f"{name:<16} accuracy {figures['accuracy_mean']:.3f}, top {TOP} {figures[f'accuracy_top{TOP}']:.3f}, "
                 f"distance to the nearest training checkpoint {figures['nearest_train_distance']:.1f}"
+                + (f"; {figures['not_finite']} are not finite" if figures["not_finite"] else "")
             )
         networks = Path(args.output_dir) / NETWORKS_FOLDER
         print(f"networks in {networks}")
@@ -241,6 +469,10 @@ def main(argv: list[str] | None = None) -> None:
                 networks, args.push_to_hub, private=args.hub_private, message="Upload generated networks"
             )
             print(f"published at {where}")
+        if all(results[mode]["is_at_chance"] for mode in args.mode):
+            print("All generated networks are at chance on validation images; they are kept. Try a smaller --bandwidth, --mode "
+                  "laplace or joint, or --refine-steps.")  # fmt: skip
+            raise SystemExit(AT_CHANCE)
 
     run_command(command, args, PROGRAM)
 

@@ -7,7 +7,9 @@ Importing this package registers the classes with `AutoConfig`, `AutoModel` and 
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
 from .configuration_sane import SaneConfig
-from .generation_sane import GaussianSampler, KernelDensitySampler
+from .flow_sane import LatentFlowSampler
+from .generation_sane import GaussianSampler, InterpolationSampler, KernelDensitySampler, load_sampler
+from .laplace_sane import LaplaceSampler
 from .modeling_sane import (
     SaneForPreTraining,
     SaneForPreTrainingOutput,
@@ -27,13 +29,17 @@ SaneForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 
 __all__ = [
     "GaussianSampler",
+    "InterpolationSampler",
     "KernelDensitySampler",
+    "LaplaceSampler",
+    "LatentFlowSampler",
     "SaneConfig",
     "SaneForPreTraining",
     "SaneForPreTrainingOutput",
     "SaneModel",
     "SaneModelOutput",
     "SanePreTrainedModel",
+    "load_sampler",
     "nt_xent_loss",
     "reconstruction_loss",
 ]

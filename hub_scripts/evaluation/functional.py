@@ -26,6 +26,7 @@ CHUNK_SIZE = 32  # networks at a time; on a CPU larger chunks are not faster and
 LARGE_CONVOLUTION = 50_000
 OPTIMIZERS = ("adamw", "adam", "sgd")
 MOMENTUM = 0.9  # of SGD
+OTHER_CLASS = -100  # label of images that a network is not judged on, because it does not know their class
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam and AdamW
 
 
@@ -135,10 +136,30 @@ def batched_logits(
         ValueError: If a parameter is missing, a name is unknown or a shape does not fit the module.
     """
     tensors = _checked(module, tensors)
+    way = _fastest_way(module, tensors, images[:1], min(len(images), IMAGES_AT_ONCE))
     with _mode(module, training=False):
         # all activations of many networks on thousands of images would take gigabytes
-        parts = [_forward(module, tensors, part, chunk_size) for part in images.split(IMAGES_AT_ONCE)]
+        parts = [_forward(module, tensors, part, chunk_size, way=way) for part in images.split(IMAGES_AT_ONCE)]
     return torch.cat(parts, dim=1)
+
+
+def own_logits(module: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Outputs of many networks, each on images of its own, in eval mode; differentiable in the tensors.
+
+    Args:
+        module (`nn.Module`): the architecture.
+        tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
+        images (`torch.Tensor` of shape `(networks, images, channels, height, width)`): inputs.
+
+    Returns:
+        `torch.Tensor` of shape `(networks, images, classes)`.
+
+    Raises:
+        ValueError: As in [`batched_logits`].
+    """
+    tensors = _checked(module, tensors)
+    with _mode(module, training=False):
+        return _forward(module, tensors, images, None, own_images=True)
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -146,12 +167,13 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
-        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64.
+        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64; images labelled -100 are left out.
 
     Returns:
         `torch.Tensor` of shape `(networks,)`: float32.
     """
-    return ((logits.argmax(-1) == labels) & ~logits.isnan().any(-1)).float().mean(1)
+    hits = (logits.argmax(-1) == labels) & ~logits.isnan().any(-1)
+    return hits.float().sum(1) / _num_labelled(labels)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -159,15 +181,21 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
-        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64.
+        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64; images labelled -100 are left out.
 
     Returns:
         `torch.Tensor` of shape `(networks,)`.
     """
     targets = labels.expand(len(logits), -1)  # (networks, images)
-    return (
-        nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=OTHER_CLASS
     )
+    return losses.view_as(targets).sum(1) / _num_labelled(labels)
+
+
+def _num_labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Images that have a label, `()` or `(networks,)`; 1 where there are none."""
+    return (labels != OTHER_CLASS).sum(-1).clamp(min=1)
 
 
 def agreement(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
@@ -231,7 +259,7 @@ def evaluate(
         module (`nn.Module`): the architecture.
         tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
         images (`torch.Tensor` of shape `(images, channels, height, width)`): inputs.
-        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64.
+        labels (`torch.Tensor` of shape `(images,)` or `(networks, images)`): int64; images labelled -100 are left out.
         chunk_size (`int`): networks at a time, where they run at once.
         batch_size (`int`): images at a time.
         subsets (`torch.Tensor` of shape `(networks, images of a network)`, *optional*): which images each network is judged on;
@@ -247,7 +275,7 @@ def evaluate(
     way = _fastest_way(module, tensors, images[:1], batch_size)
     networks = len(next(iter(tensors.values())))
     size = 1 if way.one_by_one else networks
-    hits, losses = torch.zeros(networks, device=images.device), torch.zeros(networks, device=images.device)
+    hits, losses, counts = torch.zeros(3, networks, device=images.device)
     rows = torch.arange(len(images), device=images.device) if subsets is None else subsets
     with _mode(module, training=False):
         for start in range(0, networks, size):
@@ -256,10 +284,19 @@ def evaluate(
             for index in rows.split(batch_size, dim=-1):
                 x, y = _batch(images, labels, index, part)
                 logits = _forward(module, stacked, x, chunk_size, index.dim() == 2, way)
-                hits[part] += accuracy(logits, y) * y.shape[-1]
-                losses[part] += cross_entropy(logits, y) * y.shape[-1]
-    count = rows.shape[-1]
-    return Evaluation((hits / count).cpu().numpy(), (losses / count).cpu().numpy())
+                hits[part] += accuracy(logits, y) * _num_labelled(y)
+                losses[part] += cross_entropy(logits, y) * _num_labelled(y)
+                counts[part] += (y != OTHER_CLASS).sum(-1)
+    return Evaluation((hits / counts).cpu().numpy(), (losses / counts).cpu().numpy())
+
+
+@torch.no_grad()
+def ensemble_accuracy(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor
+) -> float:
+    """Accuracy of the mean of the networks' probabilities; an output with NaN is left out of the mean."""
+    logits = batched_logits(module, tensors, images)
+    return float((logits.softmax(-1).nan_to_num().mean(0).argmax(-1) == labels).float().mean())
 
 
 # --- training
@@ -278,6 +315,7 @@ def train_networks(
     generator: torch.Generator,
     optimizer: str = "adamw",
     subsets: torch.Tensor | None = None,
+    yields_per_epoch: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Train many networks, all on the same batches.
 
@@ -296,9 +334,12 @@ def train_networks(
         optimizer (`str`): `"adamw"`, `"adam"` or `"sgd"`, the last with a momentum of 0.9.
         subsets (`torch.Tensor` of shape `(networks, images of a network)`, *optional*): which images each network sees; default
             all.
+        yields_per_epoch (`int`): how often within an epoch networks are handed out, after equal numbers of steps; at most
+            once a step.
 
     Yields:
-        `dict[str, torch.Tensor]`: stacked state dicts before training and after each epoch; clone what shall be kept.
+        `dict[str, torch.Tensor]`: stacked state dicts before training, within each epoch and at its end; clone what shall be
+        kept.
 
     Raises:
         ValueError: As in [`batched_logits`], or if a normalisation layer has `momentum=None`.
@@ -325,10 +366,12 @@ def train_networks(
 
     yield stacked
     for _ in range(epochs):
-        with _mode(module, training=True):
-            for index in torch.randperm(count, generator=generator).split(batch_size):
-                rows = index if subsets is None else subsets[:, index]
-                gradients = []
+        batches = torch.randperm(count, generator=generator).split(batch_size)
+        stops = {math.ceil(len(batches) * part / yields_per_epoch) for part in range(1, yields_per_epoch + 1)}
+        for step, index in enumerate(batches, start=1):
+            rows = index if subsets is None else subsets[:, index]
+            gradients = []
+            with _mode(module, training=True):
                 for place, part in parts:
                     x, y = _batch(images, labels, rows, place)
                     loss = cross_entropy(_forward(module, part, x, None, rows.dim() == 2, way), y).sum()
@@ -338,8 +381,9 @@ def train_networks(
                             loss, [part[name] for name in names], allow_unused=True, materialize_grads=True
                         )
                     )
-                update.step([torch.cat(found) for found in zip(*gradients, strict=True)])
-        yield stacked
+            update.step([torch.cat(found) for found in zip(*gradients, strict=True)])
+            if step in stops:
+                yield stacked
 
 
 def trains_one_by_one(module: nn.Module, image: torch.Tensor, batch_size: int) -> bool:

@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 
 # Okabe and Ito's palette, told apart with any colour vision; a method has the same colour and marker in every plot
 STYLES = {
+    "laplace": ("#56B4E9", "D"),
     "joint": ("#0072B2", "o"),
     "token": ("#E69F00", "^"),
     "dimension": ("#CC79A7", "v"),
@@ -27,8 +28,9 @@ STYLES = {
     "layer_statistics": ("#E69F00", "^"),
     "weights": ("#7F7F7F", "s"),
 }
-OTHER_STYLES = (("#56B4E9", "D"), ("#8C564B", "P"), ("#F0E442", "X"), ("#4B0082", "p"))
+OTHER_STYLES = (("#8C564B", "P"), ("#F0E442", "X"), ("#4B0082", "p"))
 LABELS = {
+    "laplace": "SANE, Laplace",
     "joint": "SANE, joint",
     "token": "SANE, per token",
     "dimension": "SANE, per dimension",
@@ -166,12 +168,12 @@ def predicted_against_true(
     margin = 0.08 * (high - low or 1)
     total = np.square(true - true.mean()).sum()
     for index, (axes, (name, predicted)) in enumerate(zip(panels, predictions.items(), strict=True)):
-        colour, _ = _style(name, index)
+        colour, _ = style_of(name, index)
         axes.plot([low, high], [low, high], color="#222222", linewidth=1, linestyle="--", zorder=3)
         axes.scatter(true, predicted, s=10, color=colour, alpha=0.5, linewidths=0)
         r2 = 1 - np.square(true - predicted).sum() / total if total else float("nan")
         between = f"\n({intervals[name][0]:.2f} to {intervals[name][1]:.2f})" if intervals else ""
-        axes.set(title=f"{_label(name)}: R² = {r2:.2f}{between}", xlabel=f"true {what}")
+        axes.set(title=f"{label_of(name)}: R² = {r2:.2f}{between}", xlabel=f"true {what}")
         axes.set_xlim(low - margin, high + margin)
     # a wild prediction must not squeeze the rest: three ranges are shown at most
     everything = np.concatenate([true, *predictions.values()])
@@ -202,7 +204,7 @@ def probe_bars(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure
             )
             axes.hlines(places + shift, low, high, color="#888888", linewidth=1.5)
             axes.plot(r2, places + shift, marker, color="#222222", markersize=4)
-        axes.set_yticks(places, [_label(kind) for kind in kinds])
+        axes.set_yticks(places, [label_of(kind) for kind in kinds])
         axes.set(title=name.replace("_", " "), xlabel="R²")
         axes.set_xlim(left=max(axes.get_xlim()[0], -0.5))
     return figure
@@ -246,13 +248,15 @@ def accuracy_histogram(groups: Mapping[str, np.ndarray]) -> Figure:
     rows = np.atleast_1d(figure.subplots(len(groups), 1, sharex=True))
     bins = np.linspace(0, 1, 51)
     for index, (axes, (name, values)) in enumerate(zip(rows, groups.items(), strict=True)):
-        colour, _ = _style(name, index)
+        colour, _ = style_of(name, index)
         values = _finite(values)
         axes.hist(values, bins=bins, weights=np.full(len(values), 1 / max(1, len(values))), color=colour, alpha=0.85)
         if len(values):
             axes.axvline(values.mean(), color="#222222", linewidth=1.2)
         mean = f"mean {values.mean():.3f}" if len(values) else "none"
-        axes.set_ylabel(f"{_label(name)}\n{mean}, n = {len(values)}", rotation=0, ha="right", va="center", fontsize=9)
+        axes.set_ylabel(
+            f"{label_of(name)}\n{mean}, n = {len(values)}", rotation=0, ha="right", va="center", fontsize=9
+        )
         axes.set(yticks=[], xlim=(0, 1))
         axes.margins(y=0.08)
         axes.spines["left"].set_visible(False)
@@ -274,7 +278,9 @@ def accuracy_against_distance(groups: Mapping[str, tuple[np.ndarray, np.ndarray]
     figure = Figure(figsize=(7.2, 3.9), layout="constrained")
     axes = figure.subplots()
     for index, (name, (distances, accuracies)) in enumerate(groups.items()):
-        colour, marker = _style(name, index)
+        if not np.isfinite(distances).any():  # of another architecture than the training checkpoints
+            continue
+        colour, marker = style_of(name, index)
         distances, accuracies = np.asarray(distances, np.float64), np.asarray(accuracies, np.float64)
         axes.scatter(distances, accuracies, s=16, color=colour, marker=marker, alpha=0.4, linewidths=0.8)
         mean = (np.nanmean(distances), np.nanmean(accuracies))
@@ -285,13 +291,14 @@ def accuracy_against_distance(groups: Mapping[str, tuple[np.ndarray, np.ndarray]
             color=colour,
             marker=marker,
             linewidths=2.5 if not edge else 1,
-            label=_label(name),
+            label=label_of(name),
             zorder=3,
             **edge,
         )
     axes.set(xlabel="L2 distance to the nearest training checkpoint (normalised)", ylabel="test accuracy (0 to 1)")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    figure.legend(loc="outside right center", title="large: mean")
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right center", title="large: mean")
     return figure
 
 
@@ -308,10 +315,10 @@ def finetuning_curves(curves: Mapping[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
-        colour, marker = _style(name, index)
+        colour, marker = style_of(name, index)
         curve = np.asarray(curve, np.float64)
         epochs, mean, std = np.arange(len(curve)), curve.mean(1), curve.std(1)
-        label = f"{_label(name)} (n = {curve.shape[1]})"
+        label = f"{label_of(name)} (n = {curve.shape[1]})"
         axes.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
         size = 9 if marker == "*" else 5
         axes.plot(epochs, mean, color=colour, marker=marker, markersize=size, markeredgecolor="white", label=label)
@@ -358,14 +365,16 @@ def _panels(count: int, height: float, width: float = 4.1, **kwargs: Any) -> tup
 def _training_curve(axes: Axes, log: Sequence[Mapping[str, Any]], name: str, linestyle: str = "-") -> None:
     points = [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None]
     if points:
-        axes.plot(*np.asarray(points).T, color=TRAINING_COLOURS[name], linestyle=linestyle, label=_label(name))
+        axes.plot(*np.asarray(points).T, color=TRAINING_COLOURS[name], linestyle=linestyle, label=label_of(name))
 
 
-def _style(name: str, index: int) -> tuple[str, str]:
+def style_of(name: str, index: int) -> tuple[str, str]:
+    """Colour and marker of a method, the same in every plot; `index` tells methods apart that have none of their own."""
     return STYLES.get(name, OTHER_STYLES[index % len(OTHER_STYLES)])
 
 
-def _label(name: str) -> str:
+def label_of(name: str) -> str:
+    """What a method is called in plots."""
     return LABELS.get(name, name.replace("_", " "))
 
 

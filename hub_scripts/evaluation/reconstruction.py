@@ -35,7 +35,7 @@ def measure_reconstruction(zoo: Zoo, codec: Codec) -> tuple[dict[str, Any], dict
 
     epochs = zoo.column("test", "epoch")
     last = torch.from_numpy(np.flatnonzero(epochs == epochs.max()))
-    images, labels = zoo.task.images["test"], zoo.task.labels["test"]
+    images, labels = zoo.whole_task.images["test"], zoo.labels("test", "test", last.numpy())
     original_logits, decoded_logits = (
         batched_logits(zoo.module, codec.tensors(t[last]), images) for t in (tokens, decoded)
     )

@@ -91,8 +91,9 @@ class Representations:
         if not zoo.can_run:
             return None
         tensors = zoo.stacked("train", np.flatnonzero(zoo.column("train", "epoch") >= first_epoch))
-        task = zoo.task
-        return Prototypes.fit(zoo.module, tensors, tuple(task.images["train"].shape[1:]), task.num_classes, seed)
+        images = zoo.whole_task.images["train"]
+        num_classes = zoo.info.get("classes_per_network") or zoo.whole_task.num_classes
+        return Prototypes.fit(zoo.module, tensors, tuple(images.shape[1:]), num_classes, seed)
 
     def _all(self, wanted: Sequence[str]) -> dict[str, Groups]:
         """The wanted ones, in the order of `NAMES`; what several share is made once."""

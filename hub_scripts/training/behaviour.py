@@ -26,7 +26,7 @@ class Behaviour:
     ):
         self.networks, self.images, self.seed = networks, images, seed
         self._parts = [
-            (number, codec, with_differentiable_norms(part.zoo.module).to(device), part.zoo.task.images["train"].to(device),
+            (number, codec, with_differentiable_norms(part.zoo.module).to(device), part.zoo.whole_task.images["train"].to(device),
              codec.layout.value_mask.to(device))
             for number, part, codec in parts
         ]  # fmt: skip

@@ -57,9 +57,8 @@ class _PartValidation:
             epochs = part.zoo.column("validation", "epoch")
             last = torch.from_numpy(epochs[rows] == epochs.max())
             self.chosen = last.nonzero().flatten()[:MAX_NETWORKS]
-            task = part.zoo.task
-            self.images = task.images["validation"][:MAX_IMAGES]
-            self.labels = task.labels["validation"][:MAX_IMAGES]
+            self.images = part.zoo.whole_task.images["validation"][:MAX_IMAGES]
+            self.labels = part.zoo.labels("validation", "validation", rows[self.chosen.numpy()])[..., :MAX_IMAGES]
             # what the originals can do never changes
             self.hits_original = self._accuracy(self.tokens[self.chosen]) * len(self.chosen)
         mask = codec.layout.value_mask

@@ -14,49 +14,53 @@ ACTIVATIONS = {
 
 
 class SmallCNN(nn.Sequential):
-    """Two convolutions with max-pooling and two linear layers.
+    """Two or more convolutions, max-pooling after the first two, and two linear layers.
 
     Args:
         image_size (`int`): side of the square images in pixels, a multiple of 4.
         image_channels (`int`): channels of the images.
-        channels (`tuple[int, int]`): output channels of the convolutions.
+        channels (`tuple[int, ...]`): output channels of the convolutions, at least two.
         hidden_size (`int`): units of the first linear layer.
         num_classes (`int`): outputs.
         activation (`str`): a key of `ACTIVATIONS`.
-        dropout (`float`): share of values that are dropped before the second convolution and before each linear layer.
+        dropout (`float`): share of values that are dropped before each convolution but the first and before each linear layer.
         batch_norm (`bool`): True normalises the outputs of the convolutions.
+        kernel_size (`int`): side of the kernels, odd; images are padded so that they keep their size.
     """
 
     def __init__(
         self,
         image_size: int = 8,
         image_channels: int = 1,
-        channels: tuple[int, int] = (8, 12),
+        channels: tuple[int, ...] = (8, 12),
         hidden_size: int = 20,
         num_classes: int = 10,
         activation: str = "tanh",
         dropout: float = 0.0,
         batch_norm: bool = False,
+        kernel_size: int = 3,
     ):
         if image_size % 4:
             raise ValueError(f"image_size is {image_size}, expected a multiple of 4 (two poolings halve it twice).")
-        first, second = channels
+        if len(channels) < 2:
+            raise ValueError(f"channels is {channels}, expected at least two convolutions.")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}, expected an odd number (images keep their size).")
         act = _activation(activation)
         super().__init__()
-        self.conv1 = nn.Conv2d(image_channels, first, 3, padding=1)
-        self.norm1 = nn.BatchNorm2d(first) if batch_norm else nn.Identity()
-        self.act1 = act()
-        self.pool1 = nn.MaxPool2d(2)
-        self.drop1 = _dropout(dropout)
-        self.conv2 = nn.Conv2d(first, second, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(second) if batch_norm else nn.Identity()
-        self.act2 = act()
-        self.pool2 = nn.MaxPool2d(2)
-        self.drop2 = _dropout(dropout)
+        before, last = image_channels, len(channels) + 1
+        for index, width in enumerate(channels, start=1):
+            self.add_module(f"conv{index}", nn.Conv2d(before, width, kernel_size, padding=kernel_size // 2))
+            self.add_module(f"norm{index}", nn.BatchNorm2d(width) if batch_norm else nn.Identity())
+            self.add_module(f"act{index}", act())
+            if index < 3:
+                self.add_module(f"pool{index}", nn.MaxPool2d(2))
+            self.add_module(f"drop{index}", _dropout(dropout))
+            before = width
         self.flatten = nn.Flatten()
-        self.fc1 = nn.Linear(second * (image_size // 4) ** 2, hidden_size)
-        self.act3 = act()
-        self.drop3 = _dropout(dropout)
+        self.fc1 = nn.Linear(before * (image_size // 4) ** 2, hidden_size)
+        self.add_module(f"act{last}", act())
+        self.add_module(f"drop{last}", _dropout(dropout))
         self.fc2 = nn.Linear(hidden_size, num_classes)
 
 
@@ -153,9 +157,10 @@ class SmallResNet(nn.Module):
     Args:
         image_size (`int`): side of the square images in pixels; any, the mean at the end takes what is left.
         image_channels (`int`): channels of the images.
-        channels (`tuple[int, ...]`): output channels of the blocks; each block after the first halves the image.
+        channels (`tuple[int, ...]`): output channels of the stages; each stage after the first halves the image.
         num_classes (`int`): outputs.
         activation (`str`): a key of `ACTIVATIONS`.
+        depths (`tuple[int, ...]`, *optional*): blocks in each stage; by default one.
     """
 
     def __init__(
@@ -165,16 +170,21 @@ class SmallResNet(nn.Module):
         channels: tuple[int, ...] = (8, 12),
         num_classes: int = 10,
         activation: str = "relu",
+        depths: tuple[int, ...] | None = None,
     ):
+        depths = depths or (1,) * len(channels)
+        if len(depths) != len(channels) or min(depths) < 1:
+            raise ValueError(f"depths is {depths}, expected a number of blocks for each of the channels {channels}.")
         super().__init__()
         act, width = _activation(activation), channels[0]
         self.stem = nn.Sequential(
             nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), act()
         )
         self.blocks = nn.Sequential()
-        for index, size in enumerate(channels):
-            self.blocks.append(ResidualBlock(width, size, 1 if index == 0 else 2, act))
-            width = size
+        for index, (size, depth) in enumerate(zip(channels, depths, strict=True)):
+            for block in range(depth):
+                self.blocks.append(ResidualBlock(width, size, 2 if index and not block else 1, act))
+                width = size
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

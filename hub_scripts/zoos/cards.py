@@ -9,7 +9,7 @@ import pyarrow as pa
 import yaml
 from datasets import Features
 
-from hub_scripts.zoos.schema import checksum, hparam_columns, is_missing, property_columns
+from hub_scripts.zoos.schema import CLASSES, checksum, hparam_columns, is_missing, property_columns
 
 LARGEST_FOR_CATEGORY = 1_000_000
 MOST_SHOWN = 8
@@ -79,6 +79,8 @@ def _provenance(everything: pa.Table, info: Mapping[str, Any]) -> str:
     if info.get("task"):
         lines.append(f"* Task: `{info['task']}`; pixels standardised by mean {info['pixel_mean']:.4g} and standard deviation "
                      f"{info['pixel_std']:.4g}.")  # fmt: skip
+    if info.get("classes_per_network"):
+        lines.append(f"* Each network knows {info['classes_per_network']} of its classes, in the order of its outputs in `{CLASSES}`.")  # fmt: skip
     if info.get("imported_from"):
         lines.append(f"* Imported from `{info['imported_from']}` (format `{info['import_format']}`).")
     lines.append(f"* Licence: {info.get('license') or 'not given'}.")

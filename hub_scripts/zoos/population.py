@@ -22,7 +22,7 @@ from torch import nn
 from hub_scripts.evaluation.functional import build_module, evaluate, train_networks
 from hub_scripts.outputs import new_folder, read_json, write_json
 from hub_scripts.zoos.sweep import Member
-from hub_scripts.zoos.tasks import Task, load_task
+from hub_scripts.zoos.tasks import OTHER_CLASS, Task, load_task, renumber
 
 INITIALISATIONS = {
     "kaiming_uniform": nn.init.kaiming_uniform_,
@@ -116,7 +116,7 @@ def train_group(
         for epoch, stacked in enumerate(stages):
             if epoch in training.epochs:
                 save_file({name: t for name, t in stacked.items() if name in stored}, partial / _file(epoch))
-                metrics[epoch] = _measure(module, stacked, task, subsets, labels)
+                metrics[epoch] = _measure(module, stacked, members, task, subsets, labels)
             if epoch:
                 report(
                     len(members), float(np.mean(metrics[epoch]["validation_accuracy"])) if epoch in metrics else None
@@ -152,19 +152,32 @@ def read_checkpoint(folder: Path, place: int, epoch: int) -> dict[str, torch.Ten
 
 def _training_data(members: Sequence[Member], task: Task) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Images that each network sees, `(networks, images)`, None for all; and labels, `(images,)` or `(networks, images)`."""
-    labels = task.labels["train"]
-    count = max(1, round(members[0].hparams["data_fraction"] * len(labels)))
+    labels = own_labels(members, task.labels["train"])
+    available, num_classes = labels.shape[-1], task.num_classes
+    if members[0].classes is not None:
+        num_classes = len(members[0].classes)
+        # as many as any choice of classes has: networks that train together see as many images, however they are grouped
+        available = int(task.labels["train"].bincount(minlength=task.num_classes).sort().values[:num_classes].sum())
+    count = max(1, round(members[0].hparams["data_fraction"] * available))
     noises = [member.hparams["label_noise"] for member in members]
     # a stream of its own: the weights are drawn from the seed itself
     generators = [np.random.default_rng([member.hparams["seed"], 1]) for member in members]
-    subsets = [generator.permutation(len(labels))[:count] for generator in generators]
+    known = [np.flatnonzero(own != OTHER_CLASS) for own in labels.expand(len(members), -1)]
+    subsets = [generator.permutation(rows)[:count] for generator, rows in zip(generators, known, strict=True)]
     if any(noises):
-        labels = labels.repeat(len(members), 1)
+        labels = labels.expand(len(members), -1).clone()
         for own, subset, noise, generator in zip(labels, subsets, noises, generators, strict=True):
             wrong = torch.from_numpy(subset[: round(noise * count)])
-            shift = torch.from_numpy(generator.integers(1, task.num_classes, size=len(wrong)))  # to another class
-            own[wrong] = (own[wrong] + shift) % task.num_classes
+            shift = torch.from_numpy(generator.integers(1, num_classes, size=len(wrong)))  # to another class
+            own[wrong] = (own[wrong] + shift) % num_classes
     return None if count == labels.shape[-1] else torch.from_numpy(np.stack(subsets)), labels
+
+
+def own_labels(members: Sequence[Member], labels: torch.Tensor) -> torch.Tensor:
+    """A task's labels `(images,)` as each network numbers its own classes, `(networks, images)`; as they are if all know all."""
+    if members[0].classes is None:
+        return labels
+    return torch.stack([renumber(labels, member.classes) for member in members])
 
 
 def _initialise(module: nn.Module, members: Sequence[Member]) -> dict[str, torch.Tensor]:
@@ -192,14 +205,18 @@ def _initialise(module: nn.Module, members: Sequence[Member]) -> dict[str, torch
 def _measure(
     module: nn.Module,
     stacked: Mapping[str, torch.Tensor],
+    members: Sequence[Member],
     task: Task,
     subsets: torch.Tensor | None,
     labels: torch.Tensor,
 ) -> dict[str, list[float]]:
-    """Accuracy and loss of each network: on the images and labels it was trained on, and on the other splits."""
+    """Accuracy and loss of each network: on the images and labels it was trained on, and on its classes in the other splits."""
     metrics: dict[str, list[float]] = {}
     train = evaluate(module, stacked, task.images["train"], labels, subsets=subsets)
-    others = {s: evaluate(module, stacked, task.images[s], task.labels[s]) for s in ("validation", "test")}
+    others = {
+        s: evaluate(module, stacked, task.images[s], own_labels(members, task.labels[s]))
+        for s in ("validation", "test")
+    }
     for split, found in {"train": train, **others}.items():
         metrics |= {f"{split}_accuracy": found.accuracy.tolist(), f"{split}_loss": found.loss.tolist()}
     finite = [t.isfinite().flatten(1).all(1) for t in stacked.values() if t.is_floating_point()]

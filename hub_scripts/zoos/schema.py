@@ -28,6 +28,7 @@ ZOO_FORMAT = 2
 ZOO_FILE = "zoo.json"
 LINEAGE_FILE = "lineage.json"
 HPARAM = "hparams_"
+CLASSES = "hparams_classes"  # of a network that knows some of its task's, as 3-1-4-5
 _BEFORE = {
     "model_id": Value("string"),
     "epoch": Value("int64"),

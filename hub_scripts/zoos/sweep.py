@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -21,8 +21,9 @@ class Member:
     Args:
         model_id (`str`): its name.
         architecture_kwargs (`str`): keyword arguments of its architecture, as JSON.
-        hparams (`dict`): `learning_rate`, `weight_decay`, `initialisation`, `optimizer`, `data_fraction`, `label_noise`, `seed`, and
-            arguments of the architecture that are swept over; lists among those as JSON text.
+        hparams (`dict`): `learning_rate`, `weight_decay`, `initialisation`, `optimizer`, `data_fraction`, `label_noise`, `seed`,
+            `classes` where each network has its own (as `"3-1-4-5"`), and arguments of the architecture that are swept over;
+            lists among those as JSON text.
     """
 
     model_id: str
@@ -33,6 +34,11 @@ class Member:
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of its architecture."""
         return json.loads(self.architecture_kwargs)
+
+    @property
+    def classes(self) -> tuple[int, ...] | None:
+        """The classes of the task that it knows, in the order of its outputs; None for all."""
+        return read_classes(self.hparams["classes"]) if "classes" in self.hparams else None
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -89,6 +95,55 @@ def draw_members(
             )
         )
     return members
+
+
+def draw_classes(
+    members: Sequence[Member], splits: Mapping[str, str], num_classes: int, per_network: int, seed: int
+) -> list[Member]:
+    """Give each network some classes of the task in an order of its own; no network of another split has those of a train network.
+
+    Networks of the validation and test splits have choices that no other network has; those of the train split may repeat
+    each other's where there are few.
+
+    Args:
+        members (`Sequence[Member]`): the networks.
+        splits (`Mapping[str, str]`): the split of each, by `model_id`.
+        num_classes (`int`): classes of the task.
+        per_network (`int`): classes of each network.
+        seed (`int`): of the draw.
+
+    Raises:
+        ValueError: If there are fewer ordered choices than that takes.
+    """
+    held_out = [member for member in members if splits[member.model_id] != "train"]
+    choices = math.perm(num_classes, per_network)
+    if choices <= len(held_out):
+        raise ValueError(
+            f"{per_network} of {num_classes} classes can be chosen and ordered in {choices} ways, but the {len(held_out)} networks "
+            "of the validation and test splits need one each that no network of the train split has; build fewer networks."
+        )
+    # a stream of its own: splits are drawn from the seed itself, settings from [seed, 1]
+    generator = np.random.default_rng([seed, 2])
+    taken: set[str] = set()
+    found: dict[str, str] = {}
+    for member in [*held_out, *(member for member in members if splits[member.model_id] == "train")]:
+        text = None
+        while text is None or text in taken:
+            text = write_classes(generator.permutation(num_classes)[:per_network].tolist())
+        found[member.model_id] = text
+        if splits[member.model_id] != "train":
+            taken.add(text)
+    return [replace(m, hparams={**m.hparams, "classes": found[m.model_id]}) for m in members]
+
+
+def write_classes(classes: Sequence[int]) -> str:
+    """Classes as a column of a zoo has them: `"3-1-4-5"`."""
+    return "-".join(map(str, classes))
+
+
+def read_classes(text: str) -> tuple[int, ...]:
+    """Undo [`write_classes`]."""
+    return tuple(int(word) for word in text.split("-"))
 
 
 def make_groups(members: Sequence[Member], size: Callable[[str], int]) -> list[list[Member]]:

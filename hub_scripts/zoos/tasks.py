@@ -2,19 +2,23 @@
 
 import gzip
 import math
+import re
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
+from hub_scripts.evaluation.functional import OTHER_CLASS
 
 SPLITS = ("train", "validation", "test")
 KNOWN = (
     "digits, idx:DIR (a folder of IDX files, as MNIST comes), dataset:NAME (images with labels that "
-    "datasets.load_dataset reads; dataset:NAME@CONFIG)"
+    "datasets.load_dataset reads; dataset:NAME@CONFIG); with classes behind it, as in digits[3,1,4,5], some of them in that order"
 )
 HELD_OUT = 10_000  # images of the validation split where a task comes without one; a sixth of smaller sets
 
@@ -40,6 +44,84 @@ class Task:
     pixel_mean: float
     pixel_std: float
 
+    def resized(self, channels: int, height: int, width: int) -> "Task":
+        """The task with images of another size (bilinear) or number of channels: grey becomes equal channels, colours their mean.
+
+        Images are standardised again, since interpolation changes their standard deviation.
+        """
+        images = {}
+        for split, found in self.images.items():
+            if found.shape[1] != channels:
+                found = found.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+            images[split] = nn.functional.interpolate(found, (height, width), mode="bilinear", antialias=True)
+        mean, std = float(images["train"].double().mean()), float(images["train"].double().std())
+        return replace(
+            self,
+            images={split: (found - mean) / std for split, found in images.items()},
+            pixel_mean=self.pixel_mean + self.pixel_std * mean,
+            pixel_std=self.pixel_std * std,
+        )
+
+    def few(self, shots: int, seed: int) -> "Task":
+        """The task with at most `shots` labelled train images of each class; validation and test images stay.
+
+        Raises:
+            ValueError: If a class has no train image.
+        """
+        labels, generator = self.labels["train"], torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(labels), generator=generator)
+        chosen = [order[labels[order] == c][:shots] for c in range(self.num_classes)]
+        missing = [c for c, rows in enumerate(chosen) if not len(rows)]
+        if missing:
+            raise ValueError(
+                f"{self.name} has no train image of class {missing[0]} among its {len(labels)}; take more."
+            )
+        together = torch.cat(chosen)
+        return self._with_train(together[torch.randperm(len(together), generator=generator)])
+
+    def first(self, count: int, seed: int) -> "Task":
+        """The task with at most `count` train images, drawn at random."""
+        order = torch.randperm(len(self.labels["train"]), generator=torch.Generator().manual_seed(seed))
+        return self._with_train(order[:count])
+
+    def _with_train(self, rows: torch.Tensor) -> "Task":
+        images, labels = ({**values, "train": values["train"][rows]} for values in (self.images, self.labels))
+        return replace(self, images=images, labels=labels)
+
+    def of_classes(self, classes: Sequence[int]) -> "Task":
+        """The part of the task that has some of its classes, numbered anew in the order given; pixels stay as they are.
+
+        Raises:
+            ValueError: If there are fewer than two, one is named twice, or the task does not have it.
+        """
+        name = f"{self.name}[{','.join(map(str, classes))}]"
+        unknown = [c for c in classes if not 0 <= c < self.num_classes]
+        if unknown or len(classes) < 2 or len(set(classes)) != len(classes):
+            raise ValueError(
+                f"{name}: expected two or more different classes from 0 to {self.num_classes - 1}"
+                + (f", there is no class {unknown[0]}." if unknown else ".")
+            )
+        labels = {split: renumber(found, classes) for split, found in self.labels.items()}
+        own = {split: found != OTHER_CLASS for split, found in labels.items()}
+        empty = [split for split, found in own.items() if not found.any()]
+        if empty:
+            raise ValueError(f"{name} has no images in its {empty[0]} split.")
+        return replace(
+            self,
+            name=name,
+            images={split: images[own[split]] for split, images in self.images.items()},
+            labels={split: found[own[split]] for split, found in labels.items()},
+            num_classes=len(classes),
+        )
+
+
+def renumber(labels: torch.Tensor, classes: Sequence[int]) -> torch.Tensor:
+    """Labels as a network numbers them that knows these classes in this order; others become `OTHER_CLASS`."""
+    found = torch.full_like(labels, OTHER_CLASS)
+    for number, known in enumerate(classes):
+        found[labels == known] = number
+    return found
+
 
 def load_task(name: str) -> Task:
     """Load a task by name.
@@ -52,6 +134,9 @@ def load_task(name: str) -> Task:
             * `"dataset:NAME"` or `"dataset:NAME@CONFIG"`, what `datasets.load_dataset` reads as a column of images, all of one size,
               and a column of labels.
 
+            Any of them may be followed by some of its classes in brackets: `"digits[3,1,4,5]"` has the images of these four, labelled
+            0 to 3 in this order.
+
             Where the last two have no validation split, it is taken from the training images: always the same 10,000, or a
             sixth where there are fewer than 60,000. Mean and standard deviation are those of the training images that
             remain.
@@ -60,6 +145,9 @@ def load_task(name: str) -> Task:
         ValueError: If there is no such task, or its files are missing, damaged or of another kind.
     """
     kind, _, source = name.partition(":")
+    chosen = re.fullmatch(r"(.+)\[(\d+(?:,\d+)*)\]", name)
+    if chosen and not Path(source or name).is_dir():  # a folder may be called like that
+        return load_task(chosen[1]).of_classes([int(number) for number in chosen[2].split(",")])
     if name == "digits":
         return _digits()
     if kind == "idx" and source:

@@ -16,9 +16,10 @@ from torch import nn
 
 from hub_scripts.evaluation.functional import build_module
 from hub_scripts.zoos.row_files import RowFiles
-from hub_scripts.zoos.schema import ZOO_FILE, ZOO_FORMAT, check_weights, weights_from_bytes
+from hub_scripts.zoos.schema import CLASSES, ZOO_FILE, ZOO_FORMAT, check_weights, weights_from_bytes
 from hub_scripts.zoos.source import data_files, open_source
-from hub_scripts.zoos.tasks import SPLITS, Task, load_task
+from hub_scripts.zoos.sweep import read_classes
+from hub_scripts.zoos.tasks import SPLITS, Task, load_task, renumber
 from tokenization_sane import CheckpointLayout, SymmetrySpec
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,52 @@ class Zoo:
 
     @cached_property
     def task(self) -> Task:
-        """The task that the zoo's networks were trained on."""
+        """The task that the zoo's networks were trained on.
+
+        Raises:
+            ValueError: If the zoo does not say it, or each network has a task of its own.
+        """
+        if self.has_own_classes:
+            row = next(row for rows in self.splits.values() for row in rows)
+            name = f"{self.info['task']}[{','.join(map(str, read_classes(row[CLASSES])))}]"
+            raise ValueError(
+                f"each network of {self.name} knows other classes of {self.info['task']}; say which ones the task shall have, "
+                f"for instance --task '{name}'."
+            )
+        return self.whole_task
+
+    @property
+    def has_own_classes(self) -> bool:
+        """True if each network knows some of the task's classes in an order of its own, which its row tells."""
+        return bool(self.info.get("classes_per_network"))
+
+    def classes(self, split: str) -> list[tuple[int, ...]]:
+        """The classes of the networks of a split, row by row, where each has its own."""
+        return [read_classes(text) for text in self.rows(split)[CLASSES]]
+
+    def labels(self, images: str, split: str, indices: np.ndarray | None = None) -> torch.Tensor:
+        """Labels of a split of the whole task's images, as networks of the zoo number their classes.
+
+        Args:
+            images (`str`): split of the images.
+            split (`str`): split of the networks.
+            indices (`np.ndarray`, *optional*): rows of the networks; default all.
+
+        Returns:
+            `torch.Tensor`: int64, `(images,)`, or where networks have classes of their own `(networks, images)` with -100 for
+            images of other classes.
+        """
+        labels = self.whole_task.labels[images]
+        if not self.has_own_classes:
+            return labels
+        known = self.classes(split)
+        return torch.stack(
+            [renumber(labels, known[int(i)]) for i in (range(len(known)) if indices is None else indices)]
+        )
+
+    @cached_property
+    def whole_task(self) -> Task:
+        """Images and labels of all classes, whichever of them a network knows."""
         if not self.info.get("task"):
             raise ValueError(
                 f"{self.name} does not say which task its networks were trained on; import it with --task, or leave out "

@@ -22,6 +22,7 @@ from hub_scripts.build_zoo import BuildZooArguments, build_zoo
 from hub_scripts.evaluation.functional import build_module, evaluate
 from hub_scripts.zoos import population
 from hub_scripts.zoos.schema import checksum
+from hub_scripts.zoos.tasks import load_task
 from hub_scripts.zoos.zoo import Zoo
 from tokenization_sane import SymmetrySpec, weight_distance
 
@@ -241,6 +242,64 @@ def test_a_class_of_transformers_is_trained(tmp_path):
     check_figures(zoo)
     assert zoo.info["license"] == "mit"
     assert "license: mit" in (tmp_path / "zoo" / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- many tasks
+def test_each_network_is_trained_and_measured_on_classes_of_its_own(tmp_path):
+    settings = TINY | {
+        "num_models": 9,
+        "epochs": 5,
+        "data_fractions": [1.0],
+        "keep_epochs": ["last"],
+        "classes_per_network": 3,
+    }
+    zoo = build(tmp_path / "zoo", **settings, models_per_batch=4)
+    assert zoo.has_own_classes
+    known = {split: zoo.classes(split) for split in zoo.splits}
+    assert set(known["train"]).isdisjoint(known["validation"] + known["test"])
+    for split, rows in zoo.splits.items():
+        for index, row in enumerate(rows):
+            task = load_task(f"digits[{row['hparams_classes'].replace('-', ',')}]")
+            module = module_of(row)
+            assert module.fc2.out_features == 3  # follows
+            for images in ("validation", "test"):
+                found = evaluate(module, stacked(zoo, split, index), task.images[images], task.labels[images])
+                assert found.accuracy[0] == pytest.approx(row[f"{images}_accuracy"], abs=1e-3)
+                assert found.loss[0] == pytest.approx(row[f"{images}_loss"], abs=1e-4)
+    assert zoo.column("train", "train_accuracy").mean() > 0.6
+    # the same through the zoo: labels of all images, as each network numbers them
+    found = evaluate(zoo.module, zoo.stacked("train"), zoo.whole_task.images["test"], zoo.labels("test", "train"))
+    np.testing.assert_allclose(found.accuracy, zoo.column("train", "test_accuracy"), atol=1e-3)
+    with pytest.raises(
+        ValueError, match=r"each network of .*zoo knows other classes of digits; say which ones the task shall"
+    ):
+        zoo.task  # noqa: B018
+    build(tmp_path / "again", **settings, models_per_batch=64)  # networks do not depend on their company
+    again = Zoo(tmp_path / "again")
+    assert known == {split: again.classes(split) for split in again.splits}
+    np.testing.assert_allclose(again.column("train", "test_loss"), zoo.column("train", "test_loss"), atol=1e-3)
+
+
+def test_labels_of_a_zoo_of_one_task_are_the_tasks(tiny_zoo):
+    zoo = Zoo(tiny_zoo)
+    assert not zoo.has_own_classes
+    assert zoo.task is zoo.whole_task
+    assert torch.equal(zoo.labels("test", "train"), zoo.task.labels["test"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes_per_network": 1}, "--classes-per-network is 1, expected at least 2"),
+        ({"classes_per_network": 11}, "--classes-per-network is 11, but digits has 10 classes"),
+        ({"classes_per_network": 4, "architecture_kwargs": '{"num_classes": 3}'}, r"gives an output of shape \(2, 3\) .*, expected \(2, 4\)"),
+        ({"classes_per_network": 4, "sweep_architecture": '{"classes": [1]}'}, "classes has a flag of its own"),
+    ],
+)  # fmt: skip
+def test_classes_that_networks_cannot_have_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "zoo", **TINY | settings)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------- interrupted

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hub_scripts import cli
 from hub_scripts.codec import Codec
 from hub_scripts.embed import EmbedArguments, embed
-from hub_scripts.evaluation.functional import evaluate
 from hub_scripts.evaluation.reconstruction import measure_reconstruction
 from hub_scripts.finetune import FinetuneArguments, finetune
-from hub_scripts.sample import SampleArguments, choose_anchors, sample
+from hub_scripts.sample import SampleArguments, sample
 from hub_scripts.zoos.zoo import Zoo
 
 
@@ -37,6 +36,7 @@ def samples(tiny_zoo, tiny_model, tmp_path_factory) -> Path:
             anchors="top:3",
             count=4,
             keep=2,
+            mode=["joint"],
             bandwidth=0.05,
             bandwidths=[0.3],
             noises=[0.1, 0.4],
@@ -112,49 +112,6 @@ def test_a_mistyped_path_is_called_that(tiny_model, tiny_zoo, tmp_path, capsys, 
     assert stopped.value.code == 1
     assert filled(message) in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------------------------------------------- sample
-def test_anchors_are_last_checkpoints_of_the_train_split(zoo):
-    best = choose_anchors(zoo, "top:3", seed=0)
-    accuracy, epoch = zoo.column("train", "validation_accuracy"), zoo.column("train", "epoch")
-    assert (epoch[best] == 2).all()
-    assert accuracy[best].min() >= np.sort(accuracy[epoch == 2])[-3]
-    assert set(choose_anchors(zoo, "random:3", 1)) <= set(np.flatnonzero(epoch == 2))
-    with pytest.raises(ValueError, match="top:99 asks for more than the 7 models"):
-        choose_anchors(zoo, "top:99", 0)
-
-
-def test_sampling_judges_generated_networks_beside_the_baselines(samples):
-    results = json.loads((samples / "results.json").read_text())
-    sets = results["sample"]
-    assert {"joint", "token", "dimension", "noise", "average", "anchors", "decoded_anchors", "unseen"} == set(sets)
-    assert sets["anchors"]["nearest_train_distance"] == pytest.approx(0, abs=1e-4)  # they are training checkpoints
-    assert sets["unseen"]["nearest_train_distance"] > sets["noise"]["nearest_train_distance"] > 0
-    assert sets["joint"]["count"] == 4
-    assert results["curves"]["joint"][0]["nearest_train_distance"] > sets["joint"]["nearest_train_distance"]
-
-
-def test_written_networks_are_the_ones_that_were_judged(samples, zoo):
-    info = json.loads((samples / "networks" / "networks.json").read_text())
-    assert len(info["anchors"]) == 3
-    for entry in info["sets"]["joint"]:
-        network = {name: tensor[None] for name, tensor in load_file(samples / "networks" / entry["file"]).items()}
-        found = evaluate(zoo.module, network, zoo.task.images["test"], zoo.task.labels["test"]).accuracy[0]
-        assert found == pytest.approx(entry["test_accuracy"], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"anchors": "best"}, "expected top:N or random:N"),
-        ({"mode": ["all"]}, "expected some of joint, token, dimension"),
-        ({"keep": 9, "count": 3}, "expected 1 <= keep <= count"),
-    ],
-)
-def test_sampling_settings_are_checked(change, message):
-    with pytest.raises(ValueError, match=message):
-        SampleArguments(model="m", zoo="z", output_dir="o", **change)
 
 
 # ---------------------------------------------------------------------------------------------------- fine-tune

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,27 @@ import torch
 from torch import nn
 
 from hub_scripts.evaluation import functional
-from hub_scripts.evaluation.functional import evaluate, train_networks, trains_one_by_one
+from hub_scripts.evaluation.functional import (
+    accuracy,
+    batched_logits,
+    cross_entropy,
+    evaluate,
+    own_logits,
+    train_networks,
+    trains_one_by_one,
+)
 from hub_scripts.zoos.architectures import MLP, ModelZooCNN, SmallCNN
 from hub_scripts.zoos.population import INITIALISATIONS, _initialise, _training_data
-from hub_scripts.zoos.sweep import Member, draw_members, make_groups, num_combinations
-from hub_scripts.zoos.tasks import Task
+from hub_scripts.zoos.sweep import (
+    Member,
+    draw_classes,
+    draw_members,
+    make_groups,
+    num_combinations,
+    read_classes,
+    write_classes,
+)
+from hub_scripts.zoos.tasks import Task, renumber
 
 SETTINGS = {
     "learning_rate": [0.1, 0.2],
@@ -70,6 +87,40 @@ def test_groups_are_alike_and_not_too_large():
     assert len({group[0].shape for group in groups}) == 8  # two sizes, two activations, two optimizers
 
 
+# ---------------------------------------------------------------------------------------------------- classes
+def in_splits(count, held_out):
+    """Members and their splits, the last ones held out."""
+    members = make_members(count)
+    names = ["train"] * (count - held_out) + ["validation", "test"] * held_out
+    return members, {member.model_id: name for member, name in zip(members, names, strict=False)}
+
+
+def test_no_network_has_the_classes_of_a_held_out_one_in_the_same_order():
+    members, splits = in_splits(40, held_out=9)
+    found = draw_classes(members, splits, num_classes=4, per_network=2, seed=0)  # twelve choices
+    assert found == draw_classes(members, splits, 4, 2, seed=0) != draw_classes(members, splits, 4, 2, seed=1)
+    held_out = [member.classes for member in found if splits[member.model_id] != "train"]
+    train = {member.classes for member in found if splits[member.model_id] == "train"}
+    assert len(set(held_out)) == 9
+    assert len(train) == 3
+    assert train.isdisjoint(held_out)
+    assert all(len(set(chosen)) == 2 and set(chosen) <= set(range(4)) for chosen in [*train, *held_out])
+    assert [member.hparams["seed"] for member in found] == list(range(40))  # all else is as it was
+
+
+def test_more_held_out_networks_than_choices_of_classes_are_refused():
+    with pytest.raises(
+        ValueError, match="2 of 3 classes can be chosen and ordered in 6 ways, but the 6 networks of the"
+    ):
+        draw_classes(*in_splits(20, held_out=6), num_classes=3, per_network=2, seed=0)
+
+
+def test_classes_are_text_in_a_column():
+    assert write_classes([3, 1, 10]) == "3-1-10"
+    assert read_classes("3-1-10") == (3, 1, 10)
+    assert make_members()[0].classes is None
+
+
 # ---------------------------------------------------------------------------------------------------- data and weights
 def make_task(images=20, classes=3):
     generator = torch.Generator().manual_seed(0)
@@ -100,6 +151,48 @@ def test_label_noise_gives_a_share_of_a_networks_images_another_class():
     assert ((labels >= 0) & (labels < 3)).all()
     assert wrong.gather(1, subsets).sum(1).tolist() == [3, 3, 3]
     assert wrong.sum(1).tolist() == [3, 3, 3]  # others are not touched
+
+
+def test_a_network_with_classes_of_its_own_sees_their_images_alone():
+    task = make_task(images=21)  # seven of each of three classes
+    task.labels["train"][0] = 1  # six, eight, seven
+    members = [replace(m, hparams={**m.hparams, "classes": c}) for m, c in zip(make_members(), ("2-0", "1-2", "0-1"), strict=True)]  # fmt: skip
+    subsets, labels = _training_data(members, task)
+    assert labels.shape == (3, 21)
+    assert subsets.shape == (3, 13)  # as many as the two smallest classes have
+    for member, subset, own in zip(members, subsets, labels, strict=True):
+        assert len(set(subset.tolist())) == 13
+        assert set(own[subset].tolist()) == {0, 1}
+        assert torch.equal(torch.tensor(member.classes)[own[subset]], task.labels["train"][subset])
+        assert (own == -100).sum() == (
+            torch.isin(task.labels["train"], torch.tensor(member.classes), invert=True)
+        ).sum()
+    noisy = [replace(m, hparams={**m.hparams, "data_fraction": 0.5, "label_noise": 0.5}) for m in members]
+    subsets, wrong = _training_data(noisy, task)
+    assert subsets.shape == (3, 6)
+    assert (wrong != labels).sum(1).tolist() == [3, 3, 3]
+    assert set(wrong.gather(1, subsets).flatten().tolist()) == {0, 1}
+
+
+def test_images_without_a_label_are_not_counted(networks):
+    images, labels = torch.randn(9, 1, 4, 4), torch.arange(9) % 3
+    own = torch.stack([renumber(labels, (0, 1, 2)), renumber(labels, (2, 1)), renumber(labels, (1, 0))])
+    found = evaluate(Net(), networks, images, own, batch_size=2)
+    logits = batched_logits(Net(), networks, images)
+    np.testing.assert_allclose(accuracy(logits, own), found.accuracy, rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(logits, own), found.loss, rtol=1e-5)
+    for i in range(3):
+        kept = own[i] >= 0
+        alone = evaluate(Net(), {k: t[i : i + 1] for k, t in networks.items()}, images[kept], own[i][kept])
+        assert found.accuracy[i] == pytest.approx(alone.accuracy[0])
+        assert found.loss[i] == pytest.approx(alone.loss[0], rel=1e-5)
+
+
+def test_each_network_may_be_run_on_images_of_its_own(networks):
+    images = torch.randn(3, 5, 1, 4, 4)
+    found = own_logits(Net(), networks, images)
+    for i in range(3):
+        torch.testing.assert_close(found[i], batched_logits(Net(), networks, images[i])[i])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Picture
 
-from hub_scripts.zoos.tasks import load_task
+from hub_scripts.zoos.tasks import load_task, renumber
 
 RANDOM = np.random.default_rng(0)
 
@@ -162,3 +162,67 @@ def test_datasets_that_are_no_classification_of_images_say_why(tmp_path):
 def test_an_unknown_task_names_the_known_ones(name):
     with pytest.raises(ValueError, match=f"there is no task '{name}'; known tasks: digits, idx:DIR .*, dataset:NAME"):
         load_task(name)
+
+
+# ---------------------------------------------------------------------------------------------------- some classes
+def test_classes_in_brackets_make_a_task_of_their_own():
+    whole, task = load_task("digits"), load_task("digits[3,1,4]")
+    assert (task.name, task.num_classes) == ("digits[3,1,4]", 3)
+    assert (task.pixel_mean, task.pixel_std) == (whole.pixel_mean, whole.pixel_std)
+    for split, labels in whole.labels.items():
+        chosen = (labels == 3) | (labels == 1) | (labels == 4)
+        assert torch.equal(task.images[split], whole.images[split][chosen])
+        assert torch.equal(torch.tensor([3, 1, 4])[task.labels[split]], labels[chosen])
+
+
+def test_a_folder_may_have_classes_behind_it(tmp_path):
+    make_idx_folder(tmp_path / "mnist[1]")
+    task = load_task(f"idx:{tmp_path / 'mnist[1]'}[2,0]")
+    assert task.labels["test"].tolist() == [1, 0, 1, 0, 1]  # of 0, 1, 2, 0, 1, 2, 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("3,10", r"digits\[3,10\]: expected two or more different classes from 0 to 9, there is no class 10\."),
+        ("3,3", r"digits\[3,3\]: expected two or more different classes from 0 to 9\."),
+        ("3", r"digits\[3\]: expected two or more different classes"),
+    ],
+)
+def test_classes_that_make_no_task_are_refused(classes, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(f"digits[{classes}]")
+
+
+def test_labels_of_other_classes_are_left_out():
+    assert renumber(torch.tensor([5, 2, 7, 5]), (7, 5)).tolist() == [1, -100, 0, 1]
+
+
+# ---------------------------------------------------------------------------------------------------- sizes and few samples
+def test_resized_images_are_standardised_again():
+    task, larger = load_task("digits"), load_task("digits").resized(3, 28, 20)
+    assert {tuple(images.shape[1:]) for images in larger.images.values()} == {(3, 28, 20)}
+    assert float(larger.images["train"].mean()) == pytest.approx(0, abs=1e-4)
+    assert float(larger.images["train"].std()) == pytest.approx(1, abs=1e-4)
+    assert larger.pixel_std < task.pixel_std  # of smooth images
+    # the pixels themselves are those of a plain interpolation
+    raw = task.images["test"][:5] * task.pixel_std + task.pixel_mean
+    wanted = torch.nn.functional.interpolate(raw, (28, 20), mode="bilinear", antialias=True)
+    found = larger.images["test"][:5, 1:2] * larger.pixel_std + larger.pixel_mean
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert all(torch.equal(task.labels[split], larger.labels[split]) for split in task.labels)
+
+
+def test_a_few_samples_are_as_many_of_each_class():
+    task = load_task("digits[3,1,4]")
+    few = task.few(5, seed=0)
+    assert few.labels["train"].bincount().tolist() == [5, 5, 5]
+    assert torch.equal(few.images["train"], task.few(5, seed=0).images["train"])
+    assert not torch.equal(few.images["train"], task.few(5, seed=1).images["train"])
+    assert torch.equal(few.images["validation"], task.images["validation"])
+    own = {tuple(image.flatten().tolist()): int(label) for image, label in zip(task.images["train"], task.labels["train"], strict=True)}  # fmt: skip
+    assert [own[tuple(image.flatten().tolist())] for image in few.images["train"]] == few.labels["train"].tolist()
+    assert len(task.first(7, seed=0).labels["train"]) == 7
+    assert len(task.first(10_000, seed=0).labels["train"]) == len(task.labels["train"])
+    with pytest.raises(ValueError, match=r"digits\[3,1,4\] has no train image of class \d among its 1; take more\."):
+        task.first(1, seed=0).few(5, seed=0)

@@ -1,9 +1,13 @@
+import json
 import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from modeling_sane import GaussianSampler, KernelDensitySampler
+from modeling_sane import GaussianSampler, InterpolationSampler, KernelDensitySampler, load_sampler
+from modeling_sane.generation_sane import draw_weights
 
 A, N, L = 3, 5, 7  # anchors, tokens, latent_size
 
@@ -82,10 +86,58 @@ def test_gaussian_draws_stay_in_the_span_of_the_anchors_without_a_rest():
         assert left.sqrt().item() == pytest.approx(outside, abs=0.01)
 
 
+def test_a_gaussian_of_low_rank_keeps_the_leading_directions():
+    latents = torch.randn(6, N, L, generator=generator())
+    mean = latents.mean(dim=0)
+    basis = torch.linalg.svd((latents - mean).flatten(1), full_matrices=False)[2]
+    full = GaussianSampler().fit(latents).sample(9, generator=generator())
+    for rank in (1, 2, 5, 8):
+        drawn = GaussianSampler(rank=rank).fit(latents).sample(9, generator=generator())
+        leading = basis[: min(rank, 5)]
+        expected = mean + ((full - mean).flatten(1) @ leading.T @ leading).view_as(full)
+        torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
+        assert torch.linalg.matrix_rank((drawn - mean).flatten(1), rtol=1e-4) == min(rank, 5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), anchors=st.integers(2, 9), low=st.floats(0, 3), more=st.floats(0, 3))
+def test_interpolation_weights_sum_to_one_and_mix_the_number_asked_for(data, anchors, low, more):
+    mixed, seed = data.draw(st.integers(2, anchors)), data.draw(st.integers(0, 2**32))
+    factors = (low, low + more)
+    weights = draw_weights(20, anchors, mixed, factors, torch.device("cpu"), generator(seed))
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(20, dtype=torch.float64))
+    assert ((weights != 0).sum(dim=1) <= mixed).all()
+    furthest = max(1 / mixed, factors[1] * (1 - 1 / mixed) + 1 / mixed)
+    assert weights.max() <= furthest + 1e-9
+    assert weights.min() >= min(0, (1 - factors[1]) / mixed) - 1e-9
+
+
+def test_interpolation_weights_are_uniform_and_choose_all_anchors_alike():
+    weights = draw_weights(6000, 5, 3, (1.0, 1.0), torch.device("cpu"), generator())
+    assert ((weights > 0).sum(dim=1) == 3).all()
+    assert (weights > 0).double().mean(dim=0) == pytest.approx([0.6] * 5, abs=0.03)
+    # uniform on a triangle: a coordinate has mean 1/3 and variance 1/18
+    assert weights[weights > 0].mean().item() == pytest.approx(1 / 3, abs=0.005)
+    assert weights[weights > 0].var().item() == pytest.approx(1 / 18, abs=0.002)
+
+
+def test_interpolated_draws_lie_on_the_line_through_two_anchors():
+    latents = torch.stack([torch.zeros(N, L), torch.ones(N, L)])
+    for factors, first, last in (((1.0, 1.0), 0.0, 1.0), ((2.0, 2.0), -0.5, 1.5), ((0.0, 0.0), 0.5, 0.5)):
+        drawn = InterpolationSampler(factor_range=factors).fit(latents).sample(4000, generator=generator())
+        along = drawn[:, 0, 0]
+        torch.testing.assert_close(drawn, along[:, None, None].expand_as(drawn))
+        assert along.min().item() == pytest.approx(first, abs=0.01)
+        assert along.max().item() == pytest.approx(last, abs=0.01)
+        assert along.std().item() == pytest.approx((last - first) / 12**0.5, abs=0.02)
+
+
 SAMPLERS = [
     KernelDensitySampler("token", bandwidth=0.3, scale="std"),
     KernelDensitySampler("dimension"),
     GaussianSampler(rest=0.1),
+    GaussianSampler(rank=1),
+    InterpolationSampler(mixed=3, factor_range=(0.9, 1.4)),
 ]
 
 
@@ -99,6 +151,9 @@ def test_saved_sampler_draws_the_same_bits(tmp_path, sampler, dtype):
     expected = sampler.sample(4, generator=generator())
     assert expected.dtype == dtype
     torch.testing.assert_close(loaded.sample(4, generator=generator()), expected, rtol=0, atol=0)
+    loaded = load_sampler(tmp_path / "sampler")
+    assert type(loaded) is type(sampler)
+    torch.testing.assert_close(loaded.to("cpu").sample(4, generator=generator()), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
@@ -126,9 +181,18 @@ def test_a_sampler_of_another_class_is_refused(tmp_path):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no sampler_config\.json"):
         GaussianSampler.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no sampler_config\.json"):
+        load_sampler(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [KernelDensitySampler, GaussianSampler])
+def test_an_unknown_class_is_refused(tmp_path):
+    GaussianSampler().fit(anchors_far_apart()).save_pretrained(tmp_path)
+    (tmp_path / "sampler_config.json").write_text(json.dumps({"sampler": "Dice"}))
+    with pytest.raises(ValueError, match="holds a Dice, which is none of GaussianSampler, InterpolationSampler, "):
+        load_sampler(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [KernelDensitySampler, GaussianSampler, InterpolationSampler])
 def test_bad_input_is_refused(kind, tmp_path):
     latents = anchors_far_apart()
     with pytest.raises(ValueError, match=r"not fitted. Call fit\(latents\) first"):
@@ -155,17 +219,33 @@ def test_bad_input_is_refused(kind, tmp_path):
         fitted.sample(2, condition=latents)
 
 
-def test_gaussian_needs_two_anchors():
-    with pytest.raises(ValueError, match="Got 1 anchors, GaussianSampler needs at least 2"):
-        GaussianSampler().fit(anchors_far_apart()[:1])
+@pytest.mark.parametrize(
+    ("sampler", "needed"), [(GaussianSampler(), 2), (InterpolationSampler(), 2), (InterpolationSampler(mixed=3), 3)]
+)
+def test_too_few_anchors_are_refused(sampler, needed):
+    message = f"Got {needed - 1} anchors, {type(sampler).__name__} needs at least {needed}"
+    with pytest.raises(ValueError, match=message):
+        sampler.fit(anchors_far_apart()[: needed - 1])
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "individual"}, {"bandwidth": -0.1}, {"bandwidth": float("nan")}, {"scale": "relative"}]
+    ("kind", "options"),
+    [
+        (KernelDensitySampler, {"mode": "individual"}),
+        (KernelDensitySampler, {"bandwidth": -0.1}),
+        (KernelDensitySampler, {"bandwidth": float("nan")}),
+        (KernelDensitySampler, {"scale": "relative"}),
+        (GaussianSampler, {"rest": -0.1}),
+        (GaussianSampler, {"rank": 0}),
+        (InterpolationSampler, {"mixed": 1}),
+        (InterpolationSampler, {"factor_range": (1.5, 1.0)}),
+        (InterpolationSampler, {"factor_range": (-1.0, 1.0)}),
+        (InterpolationSampler, {"factor_range": (1.0,)}),
+    ],
 )
-def test_bad_options_are_refused(options):
+def test_bad_options_are_refused(kind, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
-        KernelDensitySampler(**options)
+        kind(**options)
 
 
 @pytest.mark.parametrize("mode", ["joint", "token", "dimension"])

@@ -1,0 +1,1 @@
+"""How new networks are made, beyond drawing latents around anchors."""
