@@ -96,7 +96,7 @@ def train(zoo: Path, folder: Path, *flags: str) -> Path:
 
 
 def sample(model: Path, zoo: Path, output: Path, *flags: str) -> dict[str, Any]:
-    """`sane sample`, done once; what it found."""
+    """`sane sample`, done once; what `results.json` holds."""
     if not output.exists():
         command("sample.py", "--model", str(model), "--zoo", str(zoo), "--output-dir", str(output), *flags)
     return read_json(output / "results.json")
@@ -116,6 +116,22 @@ def measure_quality(bench: Bench) -> dict[str, Any]:
         if not file.exists():
             write_json(file, laplace_in_weights(bench.zoo(seed), bench.model(seed), seed))
         found["curves"]["laplace_in_weights"] = read_json(file)
+        # as far from the training data as unseen networks are
+        far = [
+            "--anchors",
+            ANCHORS,
+            "--count",
+            str(COUNT),
+            "--keep",
+            str(KEEP),
+            "--mode",
+            "laplace",
+            "--laplace-bandwidth",
+            "1.25",
+        ]
+        cheap = ["--laplace-bandwidths", "1.25", "--noises", "0.8", "--refine-steps", str(REFINE_STEPS)]
+        further = read_json(bench.sample(seed, "far", *far, *cheap) / "results.json")["sample"]
+        found["sample"] |= {"laplace_far": further["laplace"], "laplace_far_refined": further["laplace_refined"]}
         runs[str(seed)] = {"sample": found["sample"], "curves": found["curves"], "targets": targets(found)}
         print("quality", seed, json.dumps(runs[str(seed)]["targets"]), flush=True)
     return {"runs": runs, "mean": mean_of([run["sample"] for run in runs.values()])}
@@ -314,56 +330,55 @@ def ask(sampler: LatentFlowSampler, zoo: Zoo, model: Path, seed: int, count: int
 # --- other architectures
 
 ARCHITECTURES = {
-    "wider": {"channels": [12, 9, 6], "hidden_size": 30},
-    "narrower": {"channels": [6, 5, 3], "hidden_size": 16},
+    "itself": {},
+    "twice as wide": {"channels": [16, 24], "hidden_size": 40},
+    "deeper": {"channels": [8, 12, 12]},
+    "kernel 5": {"kernel_size": 5},
+    "narrower": {"channels": [6, 9], "hidden_size": 15},
 }
 
 
 def measure_architectures(bench: Bench) -> dict[str, Any]:
-    """Anchors mapped to other architectures, sampled there, and trained for an epoch beside scratch, one seed."""
-    seed, found = bench.seeds[0], {}
+    """Small CNNs on digits mapped to other architectures, drawn there, and trained for an epoch beside scratch, one seed."""
+    zoo = bench.folder / "digits"
+    if not zoo.exists():
+        command("build_zoo.py", "--output-dir", str(zoo), "--num-models", "64", "--epochs", "5")
+    model, found = train(zoo, bench.folder / "digits-model"), {}
     for name, kwargs in ARCHITECTURES.items():
+        output = bench.folder / f"architecture-{name.replace(' ', '-')}"
         flags = [
             "--anchors",
             "top:5",
             "--count",
-            "10",
+            "20",
             "--keep",
             "5",
             "--mode",
             "laplace",
             "joint",
-            "--noises",
-            "0.1",
             "--bandwidths",
             "0.1",
         ]
         where = [
-            "--laplace-bandwidths",
+            "--laplace-images",
+            "500",
+            "--laplace-bandwidth",
             "0.4",
+            "--laplace-bandwidths",
+            "0.2",
             "--target-kwargs",
             json.dumps(kwargs),
-            "--refine-steps",
-            str(REFINE_STEPS),
         ]
-        output = bench.sample(seed, f"architecture-{name}", *flags, *where)
-        results = read_json(output / "results.json")
-        tuned = finetune(
-            output,
-            bench.folder / f"seed{seed}" / f"architecture-{name}-tuned",
-            ["anchors", "laplace_refined"],
-            "--epochs",
-            "1",
-        )
+        results = sample(model, zoo, output, *flags, *where)
+        rates = ["--learning-rates", "1e-3", "3e-3", "1e-2", "--epochs", "1"]
+        tuned = finetune(output, output.with_name(f"{output.name}-tuned"), ["anchors", "joint", "laplace"], *rates)
         found[name] = {
             "kwargs": kwargs,
             "max_change": results["growth"]["max_change"],
-            "sample": {
-                key: results["sample"][key]
-                for key in ("anchors", "decoded_anchors", "joint", "laplace", "laplace_refined")
-            },
-            "finetune": tuned,
+            "sample": {key: results["sample"][key] for key in ("anchors", "decoded_anchors", "joint", "laplace")},
+            "finetune": {key: tuned[key] for key in ("anchors", "joint", "laplace", "scratch")},
         }
+        print(name, found[name]["finetune"], flush=True)
     return found
 
 

@@ -49,7 +49,8 @@ def table(results: dict) -> str:
         ("R² of predicted epoch", r2("epoch")),
         ("R² of predicted generalisation gap", r2("generalization_gap")),
         ("anchors (best of the train split)", f"{sample['anchors']['accuracy_mean']:.3f}"),
-        ("generated, no training: joint", drawn("joint")),
+        ("generated, no training: laplace", drawn("laplace")),
+        ("generated: joint", drawn("joint")),
         ("generated: token; dimension", f"{drawn('token')}; {drawn('dimension')}"),
         (
             f"anchors with weight noise {sample['noise']['strength']}; averages",

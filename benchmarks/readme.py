@@ -182,11 +182,178 @@ def _search_tables(results: dict) -> list[str]:
     return lines
 
 
+def generation_tables() -> str:
+    """Markdown of what `generation.json` holds; parts that were not measured are left out."""
+    results = json.loads((RESULTS / "generation.json").read_text(encoding="utf-8"))
+    makers = {
+        "quality": _quality_table,
+        "few_shot": _few_shot_table,
+        "flow": _flow_table,
+        "finetune": _finetune_table,
+        "batch_norm": _norms_table,
+        "architectures": _architectures_table,
+        "prompts": _prompts_table,
+        "speed": _generation_speed,
+    }
+    return "\n".join("\n".join(make(results[name])) + "\n" for name, make in makers.items() if name in results)
+
+
+def _spread(runs: list[float]) -> str:
+    """Mean of some seeds, and how far they are apart."""
+    return f"{sum(runs) / len(runs):.3f}" + (f" ({min(runs):.3f} to {max(runs):.3f})" if len(runs) > 1 else "")
+
+
+def _quality_table(found: dict) -> list[str]:
+    runs = [run["sample"] for run in found["runs"].values()]
+    lines = [
+        f"Fashion-MNIST, 210 CNNs, {len(runs)} seed(s) with splits and encoders of their own; 50 networks a set, epoch 0, mean (range over seeds).",
+        "",
+        "| set | accuracy | best 10 by validation | distance |",
+        "|---|---|---|---|",
+    ]
+    for name in runs[0]:
+        accuracy, kept = (_spread([run[name][key] for run in runs]) for key in ("accuracy_mean", "accuracy_kept"))
+        distance = sum(run[name]["nearest_train_distance"] for run in runs) / len(runs)
+        lines.append(f"| {name.replace('_', ' ')} | {accuracy} | {kept} | {distance:.1f} |")
+    lines += ["", "| target | measured |", "|---|---|"]
+    asked = {
+        "mean_of_anchors": "`laplace`: mean accuracy, share of the anchors' (target 0.95)",
+        "kept_of_anchors": "its best 10, share of the anchors' mean (target 1.00)",
+        "refined_mean_of_anchors": "`laplace_refined`: mean accuracy, share of the anchors'",
+        "refined_kept_of_anchors": "its best 10",
+        "distance_of_unseen": "distance, share of what unseen real networks have (target 0.5)",
+        "above_noise": "accuracy above weight noise at the same distance",
+        "above_average": "above averages",
+        "above_joint": "above the joint kernel density (at its farthest, which is nearer)",
+        "above_laplace_in_weights": "above the same sampling in weights, without SANE",
+    }
+    for key, text in asked.items():
+        lines.append(f"| {text} | {_spread([run['targets'][key] for run in found['runs'].values()])} |")
+    return lines
+
+
+def _few_shot_table(found: dict) -> list[str]:
+    runs = list(found["runs"].values())
+    names = [name for name in runs[0]["3"] if name in runs[0]["1"]]
+    lines = [f"| anchors ({len(runs)} seed(s)) | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for shots in runs[0]:
+        cells = [_spread([run[shots][name]["accuracy_mean"] for run in runs]) for name in names]
+        lines.append(f"| {shots} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _flow_table(found: dict) -> list[str]:
+    runs = list(found["runs"].values())
+    free = [run["sample"]["flow"] for run in runs]
+    lines = [
+        f"Flow without anchors ({found['steps']} steps, {len(runs)} seed(s)): accuracy {_spread([one['accuracy_mean'] for one in free])}, "
+        f"{_spread([run['of_zoo'] for run in runs])} of the zoo's last checkpoints (target 0.9), at distance "
+        f"{sum(one['nearest_train_distance'] for one in free) / len(free):.1f}; asked for an accuracy, Kendall's τ between asked and measured "
+        f"{_spread([run['asked']['kendall_tau'] for run in runs])} (target 0.6).",
+        "",
+        "| asked | measured | distance |",
+        "|---|---|---|",
+    ]
+    for points in zip(*(run["asked"]["points"] for run in runs), strict=True):
+        distance = sum(point["nearest_train_distance"] for point in points) / len(points)
+        lines.append(f"| {points[0]['asked']} | {_spread([p['measured_mean'] for p in points])} | {distance:.1f} |")
+    return lines
+
+
+def _finetune_table(found: dict) -> list[str]:
+    lines = []
+    for task, one in found.items():
+        runs = list(one["runs"].values())
+        sets, epochs = list(runs[0]["sets"]), runs[0]["epochs"]
+        levels = list(runs[0]["steps_to_reach"][sets[0]])
+        lines += [
+            f"Fine-tuned on {task.replace('_', '-').title()}, {runs[0]['task']['train_images']:,} images, {len(runs)} seed(s), a learning rate tuned for each set:",
+            "",
+            "| start | "
+            + " | ".join(f"epoch {e}" for e in epochs)
+            + " | "
+            + " | ".join(f"steps to {x}" for x in levels)
+            + " |",
+            "|---" * (1 + len(epochs) + len(levels)) + "|",
+        ]
+        for name in sets:
+            curve = [sum(run[name][e] for run in runs) / len(runs) for e in epochs]
+            steps = [[run["steps_to_reach"][name][x] for run in runs] for x in levels]
+            shown = ["never" if None in found else f"{sum(found) / len(found):.0f}" for found in steps]
+            lines.append(
+                f"| {name.replace('_', ' ')} | "
+                + " | ".join(f"{v:.3f}" for v in curve)
+                + " | "
+                + " | ".join(shown)
+                + " |"
+            )
+        lines.append("")
+    return lines[:-1]
+
+
+def _norms_table(found: dict) -> list[str]:
+    names = list(next(iter(found.values())))
+    lines = ["| batch norm (windows of 16 tokens) | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    texts = {
+        "naive": "as decoded, no halo",
+        "halo": "halo of 16",
+        "conditioning": "statistics of train images",
+        "both": "both",
+    }
+    for key, one in found.items():
+        lines.append(f"| {texts[key]} | " + " | ".join(f"{one[name]['accuracy_mean']:.3f}" for name in names) + " |")
+    return lines
+
+
+def _architectures_table(found: dict) -> list[str]:
+    lines = [
+        "| digits, small CNN to | change of outputs | mapped anchors | joint | laplace | joint, 1 epoch | laplace, 1 epoch | scratch, 1 epoch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        epoch0 = [one["sample"][key]["accuracy_mean"] for key in ("anchors", "joint", "laplace")]
+        tuned = [one["finetune"][key][1] for key in ("joint", "laplace", "scratch")]
+        lines.append(
+            f"| {name} | {one['max_change']:.0e} | " + " | ".join(f"{value:.3f}" for value in epoch0 + tuned) + " |"
+        )
+    return lines
+
+
+def _prompts_table(found: dict) -> list[str]:
+    lines = []
+    texts = {"samples": "the prompt's 40 samples", "train": "all training images of the task"}
+    for data, methods in found["table"]["accuracy"].items():
+        lines += [f"| fine-tuned on {texts[data]} | epoch 0 | 1 | 10 |", "|---|---|---|---|"]
+        for name, epochs in methods.items():
+            cells = [f"{epochs[e]['mean']:.3f} ± {epochs[e]['std']:.3f}" for e in ("0", "1", "10")]
+            lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines[:-1]
+
+
+def _generation_speed(found: dict) -> list[str]:
+    sampling, decoding, resnet = found["sampling"], found["decoding"], found["resnet18"]
+    return [
+        "| speed | measured |",
+        "|---|---|",
+        f"| {sampling['count']:,} draws of {sampling['tokens']} tokens from 30 anchors: joint, token, dimension | "
+        + ", ".join(f"{sampling['seconds'][mode]:.3f} s" for mode in ("joint", "token", "dimension"))
+        + " |",
+        f"| a loop over scikit-learn: for each token, for each token and dimension | {sampling['times_faster_token']:.0f}x, {sampling['times_faster_dimension']:.0f}x slower |",
+        f"| decoding to state dicts, share of the bare decoder's speed | {decoding['share_of_bare_speed']:.2f} |",
+        f"| a ResNet-18 from end to end, in passes of the bare decoder over its {resnet['tokens']:,} tokens | {resnet['passes']:.2f} ({resnet['seconds']:.0f} s) |",
+        f"| memory for that, beside {resnet['weights_mb']:.0f} MB of weights | {resnet['memory_mb']:.0f} MB |",
+    ]
+
+
 # file, marker, what stands there
 PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "checkpoint tables", tables),
     ("docs/training.md", "training tables", training_tables),
     ("docs/analysis.md", "analysis tables", analysis_tables),
+    ("docs/generation.md", "generation tables", generation_tables),
 ]
 
 

@@ -177,10 +177,10 @@ def networks_card(
 
 # {name}
 
-Networks whose weights were generated, not trained: drawn around the latents of the anchors by kernel density
-(bandwidth {arguments["bandwidth"]}), decoded by the SANE model `{arguments["model"]}`, and chosen by their accuracy on
-validation images ({arguments["keep"]} of {arguments["count"]} in each set). Beside them, for comparison: the anchors themselves,
-the anchors with noise, and averages of anchors. Task `{info["task"]}`, seed {arguments["seed"]}.
+Networks whose weights were generated, not trained: latents drawn by {_drawn(arguments)}, decoded by the SANE model
+`{arguments["model"]}`, and chosen by their accuracy on validation images ({arguments["keep"]} of {arguments["count"]} in each set).
+Sets called `refined` took {arguments["refine_steps"]} gradient steps towards {arguments["refine_target"]}. Beside them, for comparison: the
+anchors themselves, the anchors with noise, and averages of anchors. Task `{info["task"]}`, seed {arguments["seed"]}.
 
 * Architecture: `{info["architecture"]}` with `{info["architecture_kwargs"]}`
 * Anchors, of the zoo `{_title(zoo)}`: {", ".join(f"`{anchor}`" for anchor in info["anchors"])}
@@ -203,6 +203,18 @@ state_dict = load_file(hf_hub_download("namespace/name of this repository", "{in
 |---|---|---|
 {networks}
 """
+
+
+def _drawn(arguments: Mapping[str, Any]) -> str:
+    """The samplers of some networks in words."""
+    texts = {
+        "laplace": f"`laplace` (Laplace approximation around anchors, bandwidth {arguments['laplace_bandwidth']})",
+        "gaussian": "`gaussian` (mean and covariance of the anchors)",
+        "interpolation": "`interpolation` (between anchors)",
+        "flow": f"`flow` (trained on the train split, {', '.join(arguments['condition']) or 'no condition'})",
+    }
+    kernel = f"kernel density, bandwidth {arguments['bandwidth']}"
+    return ", ".join(texts.get(mode, f"`{mode}` ({kernel})") for mode in arguments["mode"])
 
 
 def _front_matter(

@@ -30,6 +30,7 @@ from hub_scripts.zoos.zoo import Zoo
 PROGRAM = "sane quickstart"
 PRESETS = ("default", "tiny")
 STEPS_FILE = "steps.json"
+GENERATED = "laplace"  # the set of `sane sample` that is fine-tuned
 PACKAGES = (
     "sane-hub",
     "torch",
@@ -148,7 +149,7 @@ def quickstart(args: QuickstartArguments) -> dict[str, Any]:
             folder / "finetune",
             lambda: finetune(
                 FinetuneArguments(
-                    init=[str(networks / "joint"), str(networks / "anchors"), "scratch"],
+                    init=[str(networks / GENERATED), str(networks / "anchors"), "scratch"],
                     output_dir=str(folder / "finetune"),
                     seed=seed,
                     **settings["finetune"],
@@ -218,9 +219,9 @@ def _collect(folder: Path, done: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _named_generated(curves: dict[str, Any]) -> dict[str, Any]:
-    """The joint samples are what stands for generated networks here."""
+    """One set of samples stands for generated networks here."""
     return {
-        "generated" if name == "joint" else name: _named_generated(curve) if isinstance(curve, dict) else curve
+        "generated" if name == GENERATED else name: _named_generated(curve) if isinstance(curve, dict) else curve
         for name, curve in curves.items()
     }
 
@@ -326,7 +327,7 @@ In {results["seconds"]["total"]:.0f} s, all on networks that SANE has not seen:
   reconstruction   R² {reconstruction["r2"]:.3f} (PCA {reconstruction["r2_pca"]:.3f}) at {reconstruction["compression"]:.2f} weights per latent value;
                    accuracy {reconstruction["accuracy_decoded"]:.3f} decoded, {reconstruction["accuracy_original"]:.3f} original
   prediction       R² of accuracy: {", ".join(f"{k} {v['r2']:.3f}" for k, v in probes.items())}
-  generation       accuracy {samples["joint"]["accuracy_mean"]:.3f} without training, anchors {samples["anchors"]["accuracy_mean"]:.3f}
+  generation       accuracy {samples[GENERATED]["accuracy_mean"]:.3f} without training, anchors {samples["anchors"]["accuracy_mean"]:.3f}
   fine-tuning      {", ".join(f"{k} {first[k]:.3f} → {last[k]:.3f}" for k in last)}
 Read {Path(output_dir) / "report.html"}; figures in {Path(output_dir) / "results.json"}.
 Use it:

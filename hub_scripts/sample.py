@@ -26,7 +26,7 @@ from hub_scripts.hub import publish_folder
 from hub_scripts.model_cards import networks_card, public_settings
 from hub_scripts.outputs import new_folder, write_json, write_text
 from hub_scripts.symmetries import cached_symmetries
-from hub_scripts.zoos.networks import save_networks
+from hub_scripts.zoos.networks import save_in_own_class, save_networks
 from hub_scripts.zoos.tasks import load_task
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane.generation_sane import LatentSampler
@@ -225,17 +225,15 @@ class _Sampling:
             self._replace_head()
         if args.target_architecture or args.target_kwargs:
             self._grow(tokenizer)
-        layout = tokenizer.layout({name: tensor[0] for name, tensor in self.anchors.tensors.items()})
-        self.is_new_layout = (
-            layout.fingerprint != self.zoo.layout.repack(tokenizer.token_size, tokenizer.packing).fingerprint
-        )
+        # not by fingerprints: those of a module and of the zoo's checkpoints may differ in what is no weight
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in self.anchors.tensors.items()}
+        self.is_new_layout = shapes != {name: tuple(tensor.shape) for name, tensor in self.zoo.layout.tensors.items()}
         if self.is_new_layout and "flow" in args.mode:
             raise ValueError(
                 "--mode flow learns the networks of the zoo; for another architecture or other classes take another mode."
             )
-        self.codec = codec_for(
-            model, tokenizer, layout if self.is_new_layout else self.zoo.layout, self.anchors.tensors
-        )
+        layout = tokenizer.layout(self.module) if self.is_new_layout else self.zoo.layout
+        self.codec = codec_for(model, tokenizer, layout, self.anchors.tensors)
         self.codec.window_size, self.codec.halo = args.window_size, args.halo
         self.judge = Judge(self.zoo, self.codec, self.module, self.task, args.keep, args.norms, self.is_new_layout)
         self.generator = torch.Generator().manual_seed(args.seed)
@@ -433,6 +431,8 @@ def _write(folder: Path, sampling: _Sampling, results: dict[str, Any]) -> None:
         },
     }  # fmt: skip
     save_networks(folder / NETWORKS_FOLDER, networks, info)
+    first = networks[args.mode[0]]
+    save_in_own_class(folder / NETWORKS_FOLDER / "best", sampling.module, {name: t[0] for name, t in first.items()})
     for mode, sampler in sampling.samplers.items():
         if mode == "flow":  # the others are fitted again in seconds
             sampler.save_pretrained(folder / SAMPLER_FOLDER / mode)

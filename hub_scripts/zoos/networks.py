@@ -5,15 +5,19 @@ networks/
   networks.json      architecture, task, layout, and the figures of each set
   joint/000.safetensors
   anchors/000.safetensors
+  best/              of transformers architectures: the best generated network, for `from_pretrained(repo, subfolder="best")`
 ```
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
 
 from hub_scripts.outputs import read_json, write_json
 
@@ -34,6 +38,25 @@ def save_networks(folder: Path, sets: Mapping[str, Mapping[str, torch.Tensor]], 
             network = {key: tensor[index].contiguous() for key, tensor in tensors.items()}
             save_file(network, folder / name / f"{index:03d}.safetensors", metadata={"format": "pt"})
     write_json(folder / NETWORKS_FILE, info)
+
+
+def save_in_own_class(folder: Path, module: nn.Module, network: Mapping[str, torch.Tensor]) -> bool:
+    """Write a network of a transformers architecture as `from_pretrained` of its own class reads it.
+
+    Args:
+        folder (`Path`): where; nothing is written for other architectures.
+        module (`nn.Module`): the architecture.
+        network (`Mapping[str, torch.Tensor]`): state dict; buffers that it lacks stay as the module has them.
+
+    Returns:
+        `bool`: True if it was written.
+    """
+    if not isinstance(module, PreTrainedModel):
+        return False
+    module = copy.deepcopy(module)
+    module.load_state_dict(dict(network), strict=False)
+    module.save_pretrained(folder)
+    return True
 
 
 def load_networks(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

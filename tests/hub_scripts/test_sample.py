@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ResNetForImageClassification
 
 from hub_scripts import sample as command
+from hub_scripts.build_zoo import BuildZooArguments, build_zoo
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import evaluate
+from hub_scripts.evaluation.functional import build_module, evaluate
 from hub_scripts.generation.anchors import choose_rows, load_anchors
 from hub_scripts.generation.judge import Judge
 from hub_scripts.sample import SampleArguments, sample
+from hub_scripts.train import TrainArguments, train
+from hub_scripts.zoos.networks import save_in_own_class
 from hub_scripts.zoos.zoo import Zoo
+from tests.tiny import TINY_TRAINING
 
 QUICK = {"anchors": ["top:3"], "count": 4, "keep": 2, "bandwidth": 0.05, "bandwidths": [0.3], "laplace_bandwidth": 0.2,
          "laplace_bandwidths": [0.3], "laplace_images": 50, "noises": [0.1, 0.4]}  # fmt: skip
@@ -123,6 +128,16 @@ def test_written_networks_are_the_ones_that_were_judged(samples, zoo):
         assert found == pytest.approx(entry["test_accuracy"], abs=1e-6)
 
 
+def test_a_network_of_transformers_is_written_as_its_own_class(tmp_path, zoo):
+    config = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}
+    module = build_module("transformers:ResNetForImageClassification", config)
+    network = {name: torch.full_like(tensor, 0.5) for name, tensor in module.named_parameters()}
+    assert save_in_own_class(tmp_path / "best", module, network)
+    read = ResNetForImageClassification.from_pretrained(tmp_path / "best")
+    assert all((tensor == 0.5).all() for tensor in read.parameters())
+    assert not save_in_own_class(tmp_path / "other", zoo.module, {})
+
+
 def test_a_laplace_draw_keeps_the_function_better_than_equal_noise(arguments, tmp_path):
     flags = {
         "mode": ["laplace", "joint"],
@@ -144,6 +159,23 @@ def test_bootstrap_goes_on_from_the_best_of_the_last_round(arguments, tmp_path):
         info = json.loads((tmp_path / str(rounds) / "networks" / "networks.json").read_text())
         found[rounds] = {round(entry["nearest_train_distance"], 4) for entry in info["sets"]["joint"]}
     assert found[2] <= found[1]
+
+
+def test_norms_get_the_statistics_of_the_images(tmp_path):
+    """Decoded running statistics do not fit decoded weights; measured ones do."""
+    zoo, model = tmp_path / "zoo", tmp_path / "model"
+    kwargs = '{"channels": [3, 5], "hidden_size": 7, "batch_norm": true}'
+    shared = {"num_models": 7, "epochs": 2, "batch_size": 100, "learning_rates": [1e-2], "weight_decays": [0.0]}
+    build_zoo(BuildZooArguments(output_dir=str(zoo), architecture_kwargs=kwargs, **shared))
+    train(TrainArguments(zoo=str(zoo), output_dir=str(model), **TINY_TRAINING))
+    found = {}
+    for norms in ("none", "data"):
+        flags = QUICK | {"mode": ["joint"], "bandwidth": 0.3, "norms": norms}
+        found[norms] = sample(
+            SampleArguments(model=str(model), zoo=str(zoo), output_dir=str(tmp_path / norms), **flags)
+        )
+        assert found[norms]["unseen"]["nearest_train_distance"] > 0
+    assert found["data"]["joint"]["accuracy_mean"] > found["none"]["joint"]["accuracy_mean"]
 
 
 def test_networks_of_another_architecture(arguments, tmp_path):
