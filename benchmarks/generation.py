@@ -396,7 +396,6 @@ def finetune(samples: Path, output: Path, sets: list[str], *flags: str) -> dict[
 SETS = ["laplace", "laplace_refined", "joint", "anchors", "noise", "average"]
 TUNING = [
     "--learning-rates",
-    "3e-4",
     "1e-3",
     "3e-3",
     "--batch-size",

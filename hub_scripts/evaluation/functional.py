@@ -439,37 +439,6 @@ class _Optimizer:
             value.sub_((rate / rest[0]) * first / size)
 
 
-def finetune_networks(
-    module: nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    eval_images: torch.Tensor,
-    eval_labels: torch.Tensor,
-    **settings: Any,
-) -> np.ndarray:
-    """Train many networks at once and follow their accuracy.
-
-    Args:
-        module (`nn.Module`): the architecture.
-        tensors (`Mapping[str, torch.Tensor]`): stacked state dicts, each `(networks, *shape)`.
-        images (`torch.Tensor` of shape `(images, channels, height, width)`): to train on.
-        labels (`torch.Tensor` of shape `(images,)`): int64.
-        eval_images (`torch.Tensor` of shape `(eval_images, channels, height, width)`): to measure on.
-        eval_labels (`torch.Tensor` of shape `(eval_images,)`): int64.
-        **settings (`Any`): `learning_rate`, `weight_decay`, `epochs`, `batch_size` and `generator` of [`train_networks`].
-
-    Returns:
-        `np.ndarray` of shape `(epochs + 1, networks)`: float32, accuracy on the evaluation images; row 0 is before training.
-
-    Raises:
-        ValueError: As in [`batched_logits`].
-    """
-    stages = train_networks(module, tensors, images, labels, **settings)
-    return np.stack([evaluate(module, stacked, eval_images, eval_labels).accuracy for stacked in stages])
-
-
 @torch.no_grad()
 def condition_norms(
     module: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor, batches: int = 4

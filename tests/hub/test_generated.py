@@ -58,13 +58,14 @@ def test_model_and_generated_networks_are_published_with_what_was_measured(hub, 
     assert str(tmp_path) not in files["README.md"].decode()
 
     sample = ["sane", "sample", "--model", "me/sane", "--zoo", "me/digits", "--output-dir", tmp_path / "sample"]
-    run([*sample, "--anchors", "top:2", "--count", "3", "--keep", "2", "--push-to-hub", "me/generated"])
+    # these networks were never trained, so the exit code may say that they are at chance
+    run([*sample, "--anchors", "top:2", "--count", "3", "--keep", "2", "--push-to-hub", "me/generated"], expect=None)
     files = hub.files("me/generated")
     assert load(files["joint/001.safetensors"]).keys() == SmallCNN(**KWARGS).state_dict().keys()
     card = ModelCard(files["README.md"].decode())
     assert (card.data.base_model, card.data.datasets) == ("me/sane", ["me/digits"])
     figures = json.loads((tmp_path / "sample" / "results.json").read_text())["sample"]
-    assert card.data.eval_results[0].metric_value == round(figures["joint"]["accuracy_mean"], 4)
+    assert card.data.eval_results[0].metric_value == round(figures["laplace"]["accuracy_mean"], 4)
     networks = json.loads(files["networks.json"])
     for anchor in networks["anchors"]:
         assert f"`{anchor}`" in card.text

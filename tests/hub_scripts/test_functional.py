@@ -16,7 +16,6 @@ from hub_scripts.evaluation.functional import (
     condition_norms,
     cross_entropy,
     evaluate,
-    finetune_networks,
     train_networks,
     with_differentiable_norms,
 )
@@ -174,16 +173,15 @@ def finetune(module, tensors, images, labels, **kwargs):
     """Curves on 300 other images with labels by chance: their figures tell networks apart that differ a little."""
     settings = {"learning_rate": 0.05, "epochs": 3, "batch_size": 3, "weight_decay": 0.1} | kwargs
     generator = torch.Generator().manual_seed(5)
-    return finetune_networks(
-        module, tensors, images, labels, generator=generator, **evaluation_set(images), **settings
-    )
+    stages = train_networks(module, tensors, images, labels, generator=generator, **settings)
+    return np.stack([evaluate(module, stacked, **evaluation_set(images)).accuracy for stacked in stages])
 
 
 def evaluation_set(images):
     generator = torch.Generator().manual_seed(3)
     return {
-        "eval_images": torch.randn(300, *images.shape[1:], generator=generator),
-        "eval_labels": torch.randint(0, CLASSES, (300,), generator=generator),
+        "images": torch.randn(300, *images.shape[1:], generator=generator),
+        "labels": torch.randint(0, CLASSES, (300,), generator=generator),
     }
 
 
@@ -240,7 +238,7 @@ def test_finetuning_follows_the_accuracy_from_before_training(images, labels):
     tensors = random_networks(module, 2)
     curve = finetune(module, tensors, images, labels)
     others = evaluation_set(images)
-    before = evaluate(module, tensors, others["eval_images"], others["eval_labels"]).accuracy
+    before = evaluate(module, tensors, **others).accuracy
     assert curve.shape == (4, 2)
     np.testing.assert_array_equal(curve[0], before)
     assert (curve[1:] != before).any(0).all()
