@@ -6,8 +6,12 @@ python benchmarks/readme.py --update    put them where they belong
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hub_scripts.evaluation import generation_plots
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -371,6 +375,10 @@ def main() -> None:
                 text[: text.index(begin) + len(begin)] + make() + text[text.index(end) :], encoding="utf-8"
             )
         print(make())
+    figures = json.loads((RESULTS / "generation.json").read_text(encoding="utf-8"))
+    if args.update and "quality" in figures:
+        run = next(iter(figures["quality"]["runs"].values()))
+        generation_plots.curves(run["curves"], run["sample"]).savefig(ROOT / "docs" / "generation.png")
 
 
 if __name__ == "__main__":

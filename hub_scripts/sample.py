@@ -239,6 +239,13 @@ class _Sampling:
         self.generator = torch.Generator().manual_seed(args.seed)
         self.anchor_tokens = self.codec.tokens(self.anchors.tensors)
         self.latents = self.codec.encode(self.anchor_tokens)
+        if (
+            not self.codec.decode(self.latents).isfinite().all()
+        ):  # the anchors are: they were checked when they were read
+            raise ValueError(
+                f"the model {args.model} turns its anchors into values that are not finite, so it cannot generate; its training has "
+                "diverged, or its weights are damaged. Train it again or take another one."
+            )
         self.sets: dict[str, Judged] = {}
         self.curves: dict[str, list[dict[str, float]]] = {}
         self.samplers: dict[str, LatentSampler] = {}

@@ -17,7 +17,11 @@ STYLES = {
     "joint": ("#0072B2", "o"),
     "token": ("#E69F00", "^"),
     "dimension": ("#CC79A7", "v"),
+    "gaussian": ("#8C564B", "P"),
+    "interpolation": ("#4B0082", "p"),
+    "laplace_in_weights": ("#8C564B", "X"),
     "anchors": ("#009E73", "*"),
+    "decoded_anchors": ("#009E73", "d"),
     "noise": ("#D55E00", "x"),
     "average": ("#000000", "+"),
     "unseen": ("#7F7F7F", "s"),
@@ -28,7 +32,7 @@ STYLES = {
     "layer_statistics": ("#E69F00", "^"),
     "weights": ("#7F7F7F", "s"),
 }
-OTHER_STYLES = (("#8C564B", "P"), ("#F0E442", "X"), ("#4B0082", "p"))
+OTHER_STYLES = (("#F0E442", "X"), ("#8C564B", "P"), ("#4B0082", "p"))
 LABELS = {
     "laplace": "SANE, Laplace",
     "joint": "SANE, joint",
@@ -282,18 +286,22 @@ def accuracy_against_distance(groups: Mapping[str, tuple[np.ndarray, np.ndarray]
             continue
         colour, marker = style_of(name, index)
         distances, accuracies = np.asarray(distances, np.float64), np.asarray(accuracies, np.float64)
-        axes.scatter(distances, accuracies, s=16, color=colour, marker=marker, alpha=0.4, linewidths=0.8)
+        is_refined, is_line = (
+            name.endswith("_refined"),
+            marker in "x+",
+        )  # the colour of what they were refined from, hollow
+        fill = {"facecolors": "none", "edgecolors": colour} if is_refined and not is_line else {"color": colour}
+        axes.scatter(distances, accuracies, s=16, marker=marker, alpha=0.4, linewidths=0.8, **fill)
         mean = (np.nanmean(distances), np.nanmean(accuracies))
-        edge = {} if marker in "x+" else {"edgecolors": "white"}
+        edge = {} if is_line or is_refined else {"edgecolors": "white"}
         axes.scatter(
             *mean,
             s=110,
-            color=colour,
             marker=marker,
             linewidths=2.5 if not edge else 1,
             label=label_of(name),
             zorder=3,
-            **edge,
+            **fill | edge,
         )
     axes.set(xlabel="L2 distance to the nearest training checkpoint (normalised)", ylabel="test accuracy (0 to 1)")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
@@ -370,7 +378,7 @@ def _training_curve(axes: Axes, log: Sequence[Mapping[str, Any]], name: str, lin
 
 def style_of(name: str, index: int) -> tuple[str, str]:
     """Colour and marker of a method, the same in every plot; `index` tells methods apart that have none of their own."""
-    return STYLES.get(name, OTHER_STYLES[index % len(OTHER_STYLES)])
+    return STYLES.get(name.removesuffix("_refined"), OTHER_STYLES[index % len(OTHER_STYLES)])
 
 
 def label_of(name: str) -> str:

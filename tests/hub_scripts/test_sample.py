@@ -1,6 +1,7 @@
 """`sane sample` on a tiny zoo and model: sets, curves, selection, what is written, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ def codec(tiny_model, zoo) -> Codec:
 @pytest.fixture(scope="module")
 def arguments(tiny_zoo, tiny_model):
     def make(folder: Path, **changes) -> SampleArguments:
-        return SampleArguments(model=str(tiny_model), zoo=str(tiny_zoo), output_dir=str(folder), **QUICK | changes)
+        sources = {"model": str(tiny_model), "zoo": str(tiny_zoo)}
+        return SampleArguments(output_dir=str(folder), **sources | QUICK | changes)
 
     return make
 
@@ -234,6 +236,18 @@ def _words(args: SampleArguments) -> list[str]:
 def test_sampling_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         SampleArguments(model="m", zoo="z", output_dir="o", **change)
+
+
+def test_a_model_that_decodes_to_nan_is_named(arguments, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    name = next(name for name in weights if "decoder" in name)
+    save_file(
+        weights | {name: weights[name] / 0}, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"broken turns its anchors into values that are not finite"):
+        sample(arguments(tmp_path / "s", model=str(tmp_path / "broken")))
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_density_of_one_anchor_and_a_task_that_does_not_fit_are_refused(arguments, tmp_path):
