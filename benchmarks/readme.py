@@ -216,8 +216,9 @@ def _quality_table(found: dict) -> list[str]:
         "|---|---|---|---|",
     ]
     for name in runs[0]:
-        accuracy, kept = (_spread([run[name][key] for run in runs]) for key in ("accuracy_mean", "accuracy_kept"))
-        distance = sum(run[name]["nearest_train_distance"] for run in runs) / len(runs)
+        own = [run for run in runs if name in run]
+        accuracy, kept = (_spread([run[name][key] for run in own]) for key in ("accuracy_mean", "accuracy_kept"))
+        distance = sum(run[name]["nearest_train_distance"] for run in own) / len(own)
         lines.append(f"| {name.replace('_', ' ')} | {accuracy} | {kept} | {distance:.1f} |")
     lines += ["", "| target | measured |", "|---|---|"]
     asked = {
