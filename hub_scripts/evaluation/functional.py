@@ -98,21 +98,21 @@ def _has_key(value: Any, key: str) -> bool:
     return isinstance(value, (list, tuple)) and any(_has_key(item, key) for item in value)
 
 
-def with_differentiable_norms(module: nn.Module) -> nn.Module:
-    """A copy whose batch norms, in eval mode, pass gradients to their running statistics as well: PyTorch's own do not."""
+def with_image_norms(module: nn.Module) -> nn.Module:
+    """A copy, in eval mode, whose batch norms take mean and variance of the images at hand instead of running statistics.
+
+    For gradients through decoded networks: a running variance that is decoded near zero makes them explode, and generated networks
+    get statistics of images in any case ([`condition_norms`]).
+    """
     module = copy.deepcopy(module).eval()
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
-            part.forward = types.MethodType(_batch_norm, part)
+            part.forward = types.MethodType(_norm_of_images, part)
     return module
 
 
-def _batch_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    shape = (1, -1, *(1 for _ in x.shape[2:]))
-    scale = (norm.running_var + norm.eps).rsqrt()
-    shift = norm.running_mean
-    x = (x - shift.view(shape)) * scale.view(shape)
-    return x if norm.weight is None else x * norm.weight.view(shape) + norm.bias.view(shape)
+def _norm_of_images(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
 
 
 # --- outputs

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import build_module, condition_norms, with_differentiable_norms
+from hub_scripts.evaluation.functional import build_module, condition_norms, with_image_norms
 from hub_scripts.outputs import read_json, write_json
 from tokenization_sane import CheckpointLayout
 
@@ -233,7 +233,7 @@ class Prompter:
         codec.model.requires_grad_(False)
         self.architecture, self.architecture_kwargs, self.task = architecture, dict(architecture_kwargs), task
         # in training, the running statistics of norms are what the decoder says, and get a gradient
-        self.module = with_differentiable_norms(build_module(architecture, self.architecture_kwargs))
+        self.module = with_image_norms(build_module(architecture, self.architecture_kwargs))
 
     @property
     def config(self) -> PromptConfig:

@@ -7,7 +7,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import batched_logits, with_differentiable_norms
+from hub_scripts.evaluation.functional import batched_logits, with_image_norms
 
 THROUGH = ("latents", "weights")
 NETWORKS_AT_ONCE = 16
@@ -53,7 +53,7 @@ def refine(
     to_tokens: Callable[[torch.Tensor], torch.Tensor] = (
         (lambda values: codec.decode(values, gradient=True)) if through == "latents" else lambda values: values
     )
-    module = with_differentiable_norms(module)
+    module = with_image_norms(module)
     batches = [torch.randint(len(images), (batch_size,), generator=generator) for _ in range(steps)]
     unit = start.std()
     refined = []

@@ -8,7 +8,7 @@ from torch.func import functional_call, grad, vmap
 from tqdm.auto import tqdm
 
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import with_differentiable_norms
+from hub_scripts.evaluation.functional import condition_norms
 
 IMAGES_AT_ONCE = 128
 
@@ -41,9 +41,7 @@ def _pulled_back(
     """(directions, tokens, latent_size) of one network: gradients in its weights, brought back through the decoder."""
     latents = latents.detach()[None].requires_grad_()
     decoded = codec.decode(latents, gradient=True)
-    weights = torch.cat(
-        list(_weight_gradients(codec, with_differentiable_norms(module), decoded[0].detach(), images, generator))
-    )
+    weights = torch.cat(list(_weight_gradients(codec, module, decoded[0].detach(), images, generator)))
     parts = []
     for part in weights.split(IMAGES_AT_ONCE):
         (found,) = torch.autograd.grad(decoded, latents, part[:, None], retain_graph=True, is_grads_batched=True)
@@ -54,14 +52,19 @@ def _pulled_back(
 def _weight_gradients(
     codec: Codec, module: nn.Module, tokens: torch.Tensor, images: torch.Tensor, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """(images, tokens, token_size), some at a time: of the log-likelihood of a drawn answer, in the normalised tokens."""
+    """(images, tokens, token_size), some at a time: of the log-likelihood of a drawn answer, in the normalised tokens.
+
+    Norms have the running statistics of the images, as generated networks get them, and these do not count as directions.
+    """
+    conditioned = condition_norms(module, codec.tensors(tokens[None]), images)
+    buffers = {name: conditioned[name][0] for name, _ in module.named_buffers() if name in conditioned}
 
     def loss(tokens: torch.Tensor, image: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        tensors = {name: tensor[0] for name, tensor in codec.tensors(tokens[None]).items()}
+        tensors = {name: tensor[0] for name, tensor in codec.tensors(tokens[None]).items()} | buffers
         return nn.functional.cross_entropy(_logits(module, tensors, image[None]), answer[None])
 
     with torch.no_grad():
-        tensors = {name: tensor[0] for name, tensor in codec.tensors(tokens[None]).items()}
+        tensors = {name: tensor[0] for name, tensor in codec.tensors(tokens[None]).items()} | buffers
         chances = torch.cat([_logits(module, tensors, part) for part in images.split(IMAGES_AT_ONCE)]).softmax(-1)
     answers = torch.multinomial(chances, 1, generator=generator)[:, 0]
     for part, own in zip(images.split(IMAGES_AT_ONCE), answers.split(IMAGES_AT_ONCE), strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import batched_logits, behavioural_loss, with_differentiable_norms
+from hub_scripts.evaluation.functional import batched_logits, behavioural_loss, with_image_norms
 from hub_scripts.training.parts import Part
 
 
@@ -26,7 +26,7 @@ class Behaviour:
     ):
         self.networks, self.images, self.seed = networks, images, seed
         self._parts = [
-            (number, codec, with_differentiable_norms(part.zoo.module).to(device), part.zoo.whole_task.images["train"].to(device),
+            (number, codec, with_image_norms(part.zoo.module).to(device), part.zoo.whole_task.images["train"].to(device),
              codec.layout.value_mask.to(device))
             for number, part, codec in parts
         ]  # fmt: skip

@@ -17,7 +17,7 @@ from hub_scripts.evaluation.functional import (
     cross_entropy,
     evaluate,
     train_networks,
-    with_differentiable_norms,
+    with_image_norms,
 )
 from hub_scripts.zoos.architectures import SmallCNN
 
@@ -323,15 +323,15 @@ def test_trust_calls_a_function_that_returns_a_module():
         build_module("pathlib:Path", {}, trust=True)
 
 
-def test_gradients_reach_the_running_statistics_of_batch_norm():
+def test_norms_of_the_images_do_not_depend_on_running_statistics():
     module = SmallCNN(batch_norm=True).eval()
-    images = torch.randn(4, 1, 8, 8)
+    images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     tensors = {name: t[None].clone() for name, t in module.state_dict().items()}
-    tensors["norm1.running_mean"] = torch.randn(1, 8).requires_grad_()
-    tensors["norm1.running_var"] = (torch.rand(1, 8) + 0.5).requires_grad_()
-    logits = batched_logits(with_differentiable_norms(module), tensors, images)
+    tensors["norm1.running_var"] = torch.zeros(1, 8)  # would divide by nearly zero
+    tensors["conv1.weight"].requires_grad_()
+    logits = batched_logits(with_image_norms(module), tensors, images)
     logits.square().sum().backward()
-    assert tensors["norm1.running_mean"].grad.abs().sum() > 0
-    assert tensors["norm1.running_var"].grad.abs().sum() > 0
-    plain = batched_logits(module, {name: t.detach() for name, t in tensors.items()}, images)
-    torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
+    assert tensors["conv1.weight"].grad.isfinite().all()
+    conditioned = condition_norms(module, {name: t.detach() for name, t in tensors.items()}, images, batches=1)
+    # running variances are those of a sample, norms divide by those of the population
+    torch.testing.assert_close(logits, batched_logits(module, conditioned, images), rtol=0.05, atol=0.05)
