@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hub_scripts.evaluation.functional import own_logits
+from hub_scripts.evaluation.functional import own_logits, with_image_norms
 from hub_scripts.generation.prompts import Prompter
 from hub_scripts.zoos.tasks import Task
 
@@ -144,7 +144,7 @@ def train_prompter(
     Raises:
         ValueError: If the loss is not finite.
     """
-    generator = prompter.generator.train()
+    generator, module = prompter.generator.train(), with_image_norms(prompter.module)
     optimizer = torch.optim.AdamW(generator.parameters(), lr=learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=max(steps, 2), pct_start=WARMUP
@@ -154,7 +154,7 @@ def train_prompter(
         drawn = int(episodes.generator.integers(lowest, 2 * shots + 1))
         episode = episodes.draw(batch_size, drawn, queries)
         made = generator(episode.images, episode.labels)
-        logits = own_logits(prompter.module, prompter.decode(made.latents), episode.query_images)
+        logits = own_logits(module, prompter.decode(made.latents), episode.query_images)
         loss = F.cross_entropy(logits.flatten(0, 1), episode.query_labels.flatten())
         apart = generator.prototype_loss(made.class_vectors, episode.query_images, episode.query_labels)
         if not torch.isfinite(loss):

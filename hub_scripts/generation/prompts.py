@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import build_module, condition_norms, with_image_norms
+from hub_scripts.evaluation.functional import build_module, condition_norms
 from hub_scripts.outputs import read_json, write_json
 from tokenization_sane import CheckpointLayout
 
@@ -232,8 +232,7 @@ class Prompter:
         self.generator, self.codec = generator, codec
         codec.model.requires_grad_(False)
         self.architecture, self.architecture_kwargs, self.task = architecture, dict(architecture_kwargs), task
-        # in training, the running statistics of norms are what the decoder says, and get a gradient
-        self.module = with_image_norms(build_module(architecture, self.architecture_kwargs))
+        self.module = build_module(architecture, self.architecture_kwargs).eval()
 
     @property
     def config(self) -> PromptConfig:
@@ -260,9 +259,8 @@ class Prompter:
         """
         self.generator.eval()
         tensors = self.decode(self.generator(images, labels).latents)
-        module = build_module(self.architecture, self.architecture_kwargs).eval()
         parts = [
-            condition_norms(module, {name: t[i : i + 1] for name, t in tensors.items()}, own, batches=1)
+            condition_norms(self.module, {name: t[i : i + 1] for name, t in tensors.items()}, own, batches=1)
             for i, own in enumerate(images)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -52,7 +52,7 @@ def zoo_folder(tmp_path_factory) -> Path:
             learning_rates=[1e-2],
             weight_decays=[0.0],
             initialisations=["kaiming_uniform"],
-            architecture_kwargs='{"channels": [3, 5], "hidden_size": 7}',
+            architecture_kwargs='{"channels": [3, 5], "hidden_size": 7, "batch_norm": true}',
             classes_per_network=3,
         )
     )
