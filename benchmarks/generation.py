@@ -303,8 +303,7 @@ def measure_flow(bench: Bench) -> dict[str, Any]:
             seed, "flow-asked", *common, "--flow-steps", str(FLOW_STEPS), "--condition", "validation_accuracy=0.8"
         )
         zoo = Zoo(bench.zoo(seed))
-        last = zoo.column("train", "epoch") == zoo.column("train", "epoch").max()
-        mean = float(zoo.column("train", "test_accuracy")[last].mean())
+        mean = float(zoo.column("train", "test_accuracy")[zoo.last_rows("train")].mean())
         runs[str(seed)] = {
             "sample": {name: free[name] for name in ("flow", "anchors", "unseen")},
             "zoo_accuracy_mean": mean,

@@ -63,12 +63,7 @@ def measure(folder: Path, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
         folder (`Path`): for zoo, model and prompts.
         seeds (`Sequence[int]`): of prompts and fine-tuning.
     """
-    zoo, model = folder / "zoo", folder / "model"
-    if not zoo.exists():
-        command("build_zoo.py", "--output-dir", str(zoo), *ZOO)
-    if not (model / "results.json").exists():
-        steps = ["--max-steps", str(STEPS), "--eval-steps", str(STEPS)]
-        command("train.py", "--preset", "small-cnn", "--zoo", str(zoo), "--output-dir", str(model), *steps)
+    zoo, model = _zoo_and_model(folder)
     sources = ["--model", str(model), "--zoo", str(zoo)]
     runs = {}
     for seed in seeds:
@@ -88,6 +83,17 @@ def measure(folder: Path, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
         "unseen_classes": _unseen(folder / "unseen", seeds[0]),
         "runs": runs,
     }
+
+
+def _zoo_and_model(folder: Path, *flags: str) -> tuple[Path, Path]:
+    """A zoo and a SANE model of it, made once."""
+    zoo, model = folder / "zoo", folder / "model"
+    if not zoo.exists():
+        command("build_zoo.py", "--output-dir", str(zoo), *flags, *ZOO)
+    if not (model / "results.json").exists():
+        steps = ["--max-steps", str(STEPS), "--eval-steps", str(STEPS)]
+        command("train.py", "--preset", "small-cnn", "--zoo", str(zoo), "--output-dir", str(model), *steps)
+    return zoo, model
 
 
 def _table(runs: dict[str, Any], key: str) -> dict[str, Any]:
@@ -116,18 +122,13 @@ def _ablation(folder: Path, sources: list[str], seed: int, runs: dict[str, Any])
 
 def _unseen(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Accuracy without training by number of classes that nothing was learned from."""
-    zoo, model, output = folder / "zoo", folder / "model", folder / "prompt"
-    if not zoo.exists():
-        command("build_zoo.py", "--output-dir", str(zoo), "--task", "digits[0,1,2,3,4,5,6,7]", *ZOO)
-    if not (model / "results.json").exists():
-        steps = ["--max-steps", str(STEPS), "--eval-steps", str(STEPS)]
-        command("train.py", "--preset", "small-cnn", "--zoo", str(zoo), "--output-dir", str(model), *steps)
+    zoo, model = _zoo_and_model(folder, "--task", "digits[0,1,2,3,4,5,6,7]")
+    output = folder / "prompt"
     if not output.exists():
         sources = ["--model", str(model), "--zoo", str(zoo), "--output-dir", str(output), "--seed", str(seed)]
         command("prompt.py", *sources, *SHORT)
     opened, prompter = Zoo(zoo), Prompter.from_pretrained(output)
-    epochs = opened.column("train", "epoch")
-    known = opened.stacked("train", np.flatnonzero(epochs == epochs.max()))
+    known = opened.stacked("train", opened.last_rows("train"))
     task, generator = load_task("digits"), np.random.default_rng(seed)
     found = {}
     for count in (0, 1, 2):

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, run_command
-from hub_scripts.evaluation.functional import OPTIMIZERS, trains_one_by_one
+from hub_scripts.evaluation.functional import OPTIMIZERS, plain_logits, trains_one_by_one
 from hub_scripts.outputs import claim_folder, new_folder, release_folder, require_empty
 from hub_scripts.symmetries import cached_symmetries
 from hub_scripts.zoos.alignment import ZooAligner
@@ -362,7 +362,7 @@ def _check_fits(args: BuildZooArguments, module: nn.Module, kwargs: Mapping[str,
             f"{args.architecture} with {json.dumps(kwargs)} cannot read the images of {args.task}, which are {shape}: "
             f"{str(error).splitlines()[0]}. Say so in --architecture-kwargs, for instance with image_size."
         ) from error
-    logits = output if isinstance(output, torch.Tensor) else output.logits
+    logits = plain_logits(output)
     expected = args.classes_per_network or task.num_classes
     if logits.dim() != 2 or logits.shape[1] < expected:
         raise ValueError(

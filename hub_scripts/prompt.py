@@ -157,7 +157,7 @@ def train_prompt(args: PromptArguments) -> dict[str, Any]:
 def _prompter(args: PromptArguments, zoo: Zoo) -> Prompter:
     """An untrained one, from the last checkpoints of the train split."""
     codec = Codec.from_pretrained(args.model, zoo.layout)
-    last = _last(zoo, "train")
+    last = zoo.last_rows("train")
     latents = codec.encode(codec.tokens(zoo.stacked("train", last)))
     row = zoo.rows("train")[int(last[0])]
     config = PromptConfig(
@@ -199,12 +199,6 @@ def _fit(args: PromptArguments, zoo: Zoo, prompter: Prompter) -> list[dict[str, 
     return history
 
 
-def _last(zoo: Zoo, split: str) -> np.ndarray:
-    """Rows of the last checkpoints."""
-    epochs = zoo.column(split, "epoch")
-    return np.flatnonzero(epochs == epochs.max())
-
-
 # --- what a prompt is compared with
 
 
@@ -220,7 +214,7 @@ class _Comparison:
 
     def __init__(self, args: PromptArguments, zoo: Zoo, prompter: Prompter, split: str):
         self.args, self.zoo, self.task, self.module, self.split = args, zoo, zoo.whole_task, zoo.module, split
-        self.rows = _last(zoo, split)
+        self.rows = zoo.last_rows(split)
         self.classes = [zoo.classes(split)[int(row)] for row in self.rows]
         generator = np.random.default_rng([args.seed, 1])
         train = self.task.labels["train"]
@@ -231,7 +225,7 @@ class _Comparison:
             [renumber(train[rows], c) for rows, c in zip(self.samples, self.classes, strict=True)]
         )
         images = self.task.images["train"][self.samples]
-        train_rows = _last(zoo, "train")
+        train_rows = zoo.last_rows("train")
         known = zoo.stacked("train", train_rows)
         same = torch.arange(len(self.classes[0])).expand(len(self.classes), -1)
         self.starts = {"prompted": _Start(prompter(images, self.labels), same)}

@@ -179,13 +179,7 @@ def _reconstruct(zoo: str, model: str, output_dir: Path) -> None:
     opened = Zoo(zoo)
     codec = Codec.from_pretrained(model, opened.layout)
     figures, tokens = measure_reconstruction(opened, codec)
-    best = int(
-        np.argmax(
-            opened.column("test", "test_accuracy")[
-                opened.column("test", "epoch") == opened.column("test", "epoch").max()
-            ]
-        )
-    )
+    best = int(np.argmax(opened.column("test", "test_accuracy")[opened.last_rows("test")]))
     kernels = [
         next(t for t in codec.tensors(tokens[kind][best : best + 1]).values() if t.dim() == 5)[0].flatten(0, 1).numpy()
         for kind in ("original", "decoded")

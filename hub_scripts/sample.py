@@ -13,9 +13,9 @@ import torch
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.codec import load_pretrained
 from hub_scripts.evaluation import generation_plots, plots
-from hub_scripts.evaluation.baselines import noise_around
+from hub_scripts.evaluation.baselines import average_anchors, noise_around
 from hub_scripts.evaluation.functional import build_module
-from hub_scripts.generation.anchors import Anchors, load_anchors
+from hub_scripts.generation.anchors import Anchors, check_rules, load_anchors
 from hub_scripts.generation.draws import Sensitivity, check_modes, fit_flow, fit_sampler
 from hub_scripts.generation.growth import GrowthReport, grow_networks
 from hub_scripts.generation.heads import HEADS, adapt_task, replace_head, require_classes
@@ -38,6 +38,7 @@ SAMPLER_FOLDER = "sampler"
 TARGETS = ("anchors", "labels")
 AT_CHANCE = 3  # exit code
 GROWTH_IMAGES = 64  # on which functions before and after are compared
+AVERAGE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0)  # from an anchor itself to the plain average of some
 TIE_NOISE = 0.1  # of copies of one unit, so that training can move them apart
 
 
@@ -173,6 +174,7 @@ class SampleArguments:
 
     def __post_init__(self):
         self.anchors = [self.anchors] if isinstance(self.anchors, str) else self.anchors
+        check_rules(self.anchors)
         check_modes(self.mode, num_anchors=2)
         if self.count < 1 or not 1 <= self.keep <= self.count:
             raise ValueError(f"--keep is {self.keep} and --count {self.count}, expected 1 <= keep <= count.")
@@ -239,9 +241,8 @@ class _Sampling:
         self.generator = torch.Generator().manual_seed(args.seed)
         self.anchor_tokens = self.codec.tokens(self.anchors.tensors)
         self.latents = self.codec.encode(self.anchor_tokens)
-        if (
-            not self.codec.decode(self.latents).isfinite().all()
-        ):  # the anchors are: they were checked when they were read
+        # the anchors are finite: they were checked when they were read
+        if not self.codec.decode(self.latents).isfinite().all():
             raise ValueError(
                 f"the model {args.model} turns its anchors into values that are not finite, so it cannot generate; its training has "
                 "diverged, or its weights are damaged. Train it again or take another one."
@@ -381,25 +382,14 @@ class _Sampling:
         if self.args.refine_steps:
             self.sets["noise_refined"] = judge(self._refined(judge.tokens(noisy[strength]), "weights"))
         subset = min(self.args.average, len(flat))
-        averages = {share: _mixed(flat, subset, share, count, self.generator) for share in AVERAGE_SHARES}
+        averages = {share: average_anchors(flat, count, subset, self.generator, share) for share in AVERAGE_SHARES}
         self.curves["average"] = [{"share": s, **judge.point(networks(v[:few]))} for s, v in averages.items()]
         self.sets["average"] = judge(networks(averages[1.0]))
         self.sets["anchors"] = judge(self.anchors.tensors)
         self.sets["decoded_anchors"] = judge(self._networks(self.latents))
         if self.is_new_layout:
             return
-        unseen = np.flatnonzero(self.zoo.column("test", "epoch") == self.zoo.column("test", "epoch").max())
-        self.sets["unseen"] = judge(self.zoo.stacked("test", unseen))
-
-
-AVERAGE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0)  # from an anchor itself to the plain average of some
-
-
-def _mixed(flat: torch.Tensor, subset: int, share: float, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Anchors moved towards the mean of `subset` of them by a share of the way."""
-    chosen = torch.rand(count, len(flat), generator=generator).argsort(1)[:, :subset]
-    first, mean = flat[chosen[:, 0]], flat[chosen].mean(1)
-    return first + share * (mean - first)
+        self.sets["unseen"] = judge(self.zoo.stacked("test", self.zoo.last_rows("test")))
 
 
 def sample(args: SampleArguments) -> dict[str, Any]:

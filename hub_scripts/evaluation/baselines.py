@@ -208,14 +208,17 @@ def noise_around(
     return chosen + strength * std * torch.randn(chosen.shape, generator=generator, dtype=chosen.dtype)
 
 
-def average_anchors(anchors: torch.Tensor, count: int, subset_size: int, generator: torch.Generator) -> torch.Tensor:
-    """Means of random subsets of aligned anchors.
+def average_anchors(
+    anchors: torch.Tensor, count: int, subset_size: int, generator: torch.Generator, share: float = 1.0
+) -> torch.Tensor:
+    """Means of random subsets of aligned anchors, or anchors that go a part of the way there.
 
     Args:
         anchors (`torch.Tensor` of shape `(anchors, values)`): flattened weights, aligned with each other.
         count (`int`): networks to make.
         subset_size (`int`): anchors in a mean, drawn without repetition.
         generator (`torch.Generator`): source of the subsets.
+        share (`float`): how far each goes from the first of its anchors (0) to their mean (1).
 
     Returns:
         `torch.Tensor` of shape `(count, values)`.
@@ -227,7 +230,7 @@ def average_anchors(anchors: torch.Tensor, count: int, subset_size: int, generat
         raise ValueError(f"subset_size is {subset_size}, expected 1 to {len(anchors)}, the number of anchors.")
     chosen = torch.rand(count, len(anchors), generator=generator).argsort(1)[:, :subset_size]
     shares = torch.zeros(count, len(anchors), dtype=anchors.dtype).scatter_(1, chosen, 1 / subset_size)
-    return shares @ anchors
+    return torch.lerp(anchors[chosen[:, 0]], shares @ anchors, share)
 
 
 def _flat(weights: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, np.ndarray]:

@@ -495,12 +495,12 @@ def _fastest_way(module: nn.Module, stacked: Mapping[str, torch.Tensor], image: 
     network = {name: tensor[0] for name, tensor in stacked.items()}
     try:
         with _mode(module, training=False):
-            _logits(module, network, image)
+            network_logits(module, network, image)
             is_large = bool(sizes) and batch_size * sum(sizes) / len(sizes) > LARGE_CONVOLUTION
             if not is_large:
                 return _Way(one_by_one=len(next(iter(stacked.values()))) == 1)
             try:  # faster, but a `view` in a module may forbid it
-                _logits(module, network, _in_format(image, torch.channels_last))
+                network_logits(module, network, _in_format(image, torch.channels_last))
                 return _Way(True, torch.channels_last)
             except RuntimeError:
                 return _Way(True)
@@ -545,19 +545,24 @@ def _forward(
         outputs = []
         for i in range(len(next(iter(stacked.values())))):
             x = _in_format(images[i], way.memory_format) if own_images else shared
-            outputs.append(_logits(module, {name: tensor[i] for name, tensor in stacked.items()}, x))
+            outputs.append(network_logits(module, {name: tensor[i] for name, tensor in stacked.items()}, x))
         return torch.stack(outputs)
     return vmap(
-        lambda tensors, x: _logits(module, tensors, x),
+        lambda tensors, x: network_logits(module, tensors, x),
         in_dims=(0, 0 if own_images else None),
         randomness="different",
         chunk_size=chunk_size,
     )(dict(stacked), images)
 
 
-def _logits(module: nn.Module, tensors: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    output = functional_call(module, tensors, (images,))
-    return output if isinstance(output, torch.Tensor) else output.logits  # transformers return an object
+def network_logits(module: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Outputs `(images, classes)` of one network, its state dict given, in the mode that the module is in."""
+    return plain_logits(functional_call(module, dict(tensors), (images,)))
+
+
+def plain_logits(output: Any) -> torch.Tensor:
+    """Logits of what a module returned: models of transformers return an object."""
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def _with_buffers(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

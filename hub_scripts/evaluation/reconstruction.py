@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from hub_scripts.codec import Codec, compression
@@ -33,8 +32,7 @@ def measure_reconstruction(zoo: Zoo, codec: Codec) -> tuple[dict[str, Any], dict
         token_pca(train, layout.value_mask, size, per_position=each).reconstruct(tokens) for each in (True, False)
     ]
 
-    epochs = zoo.column("test", "epoch")
-    last = torch.from_numpy(np.flatnonzero(epochs == epochs.max()))
+    last = torch.from_numpy(zoo.last_rows("test"))
     images, labels = zoo.whole_task.images["test"], zoo.labels("test", "test", last.numpy())
     original_logits, decoded_logits = (
         batched_logits(zoo.module, codec.tensors(t[last]), images) for t in (tokens, decoded)

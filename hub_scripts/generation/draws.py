@@ -96,8 +96,7 @@ def fit_flow(zoo: Zoo, codec: Codec, conditions: Mapping[str, float], steps: int
     Raises:
         ValueError: If a condition is no numeric column.
     """
-    epochs = zoo.column("train", "epoch")
-    rows = np.arange(len(epochs)) if conditions else np.flatnonzero(epochs == epochs.max())
+    rows = np.arange(len(zoo.rows("train"))) if conditions else zoo.last_rows("train")
     features = zoo.rows("train").features
     numbers = [
         name for name, kind in features.items() if isinstance(kind, Value) and kind.dtype.startswith(("int", "float"))

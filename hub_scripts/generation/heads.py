@@ -10,7 +10,7 @@ from sklearn.model_selection import KFold, cross_val_predict
 from torch import nn
 from torch.func import functional_call
 
-from hub_scripts.evaluation.functional import build_module
+from hub_scripts.evaluation.functional import build_module, plain_logits
 from hub_scripts.zoos.tasks import Task
 
 HEADS = ("ridge", "init")
@@ -68,8 +68,7 @@ def _sizes(module: nn.Module, shape: tuple[int, ...]) -> list[tuple[int, int, in
 def num_outputs(module: nn.Module, task: Task) -> int:
     """Classes that the networks tell apart."""
     with torch.no_grad():
-        output = module(task.images["train"][:2])
-    return (output if isinstance(output, torch.Tensor) else output.logits).shape[-1]
+        return plain_logits(module(task.images["train"][:2])).shape[-1]
 
 
 def require_classes(module: nn.Module, task: Task, new_head: str | None) -> None:
@@ -148,11 +147,10 @@ def find_head(module: nn.Module, images: torch.Tensor) -> tuple[str, nn.Linear]:
     ]
     try:
         with torch.no_grad():
-            logits = module(images)
+            logits = plain_logits(module(images))
     finally:
         for hook in hooks:
             hook.remove()
-    logits = logits if isinstance(logits, torch.Tensor) else logits.logits
     for name in reversed(outputs):
         if outputs[name].shape == logits.shape and torch.equal(outputs[name], logits):
             return name, module.get_submodule(name)
@@ -170,9 +168,8 @@ def _with_classes(
             module = build_module(architecture, changed).eval()
         except ValueError:
             continue
-        if (
-            find_head(module, images)[1].out_features == num_classes
-        ):  # configurations take any argument, and may not heed it
+        # configurations take any argument, and may not heed it
+        if find_head(module, images)[1].out_features == num_classes:
             return module, changed
     raise ValueError(
         f"{architecture} takes none of {', '.join(CLASS_ARGUMENTS)}, so it cannot be built for {num_classes} classes."

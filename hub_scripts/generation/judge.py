@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from hub_scripts.codec import Codec
 from hub_scripts.evaluation.baselines import nearest_distances
 from hub_scripts.evaluation.functional import condition_norms, ensemble_accuracy, evaluate
-from hub_scripts.generation.anchors import align_to_zoo
+from hub_scripts.zoos.alignment import ZooAligner
 from hub_scripts.zoos.tasks import Task
 from hub_scripts.zoos.zoo import Zoo
 
@@ -123,7 +124,8 @@ class Judge:
         if not finite.any():
             return distances
         good = {name: tensor[finite] for name, tensor in tensors.items()}
-        both = [self.flat(self.codec.tokens(t)) for t in (good, align_to_zoo(self.zoo, good))]
+        ways = [good] if self._aligner is None else [good, self._aligner.align_stacked(good)]
+        both = [self.flat(self.codec.tokens(tensors)) for tensors in ways]
         nearest = np.full(int(finite.sum()), np.inf)
         for block in self.train_blocks():
             for flat in both:
@@ -131,15 +133,24 @@ class Judge:
         distances[finite.numpy()] = nearest
         return distances
 
+    @cached_property
+    def _aligner(self) -> ZooAligner | None:
+        return ZooAligner.of_zoo(self.zoo)
+
+    def _conditioned(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Networks whose norms have the statistics that they are judged with."""
+        if self.norms == "none":
+            return dict(tensors)
+        return condition_norms(self.module, tensors, self.task.images["train"])
+
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> Judged:
         """Measure stacked networks `(networks, *shape)`."""
         images, labels = self.task.images, self.task.labels
         distances = self.distances(tensors)
-        if self.norms == "data":
-            tensors = condition_norms(self.module, tensors, images["train"])
+        tensors = self._conditioned(tensors)
         validation = evaluate(self.module, tensors, images["validation"], labels["validation"]).accuracy
         accuracy = evaluate(self.module, tensors, images["test"], labels["test"]).accuracy
-        judged = Judged(dict(tensors), validation, accuracy, distances, {})
+        judged = Judged(tensors, validation, accuracy, distances, {})
         order = judged.order
         judged.figures.update(
             accuracy_mean=accuracy.mean(),
@@ -156,8 +167,7 @@ class Judge:
     def point(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Mean test accuracy and distance, for a curve; cheaper than judging, since nothing is chosen."""
         distances = self.distances(tensors)
-        if self.norms == "data":
-            tensors = condition_norms(self.module, tensors, self.task.images["train"])
+        tensors = self._conditioned(tensors)
         accuracy = evaluate(self.module, tensors, self.task.images["test"], self.task.labels["test"]).accuracy
         return {"accuracy_mean": accuracy.mean(), "nearest_train_distance": _mean(distances)}
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import condition_norms
+from hub_scripts.evaluation.functional import condition_norms, network_logits
 
 IMAGES_AT_ONCE = 128
 
@@ -61,16 +61,13 @@ def _weight_gradients(
 
     def loss(tokens: torch.Tensor, image: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         tensors = {name: tensor[0] for name, tensor in codec.tensors(tokens[None]).items()} | buffers
-        return nn.functional.cross_entropy(_logits(module, tensors, image[None]), answer[None])
+        return nn.functional.cross_entropy(network_logits(module, tensors, image[None]), answer[None])
 
     with torch.no_grad():
         tensors = {name: tensor[0] for name, tensor in codec.tensors(tokens[None]).items()} | buffers
-        chances = torch.cat([_logits(module, tensors, part) for part in images.split(IMAGES_AT_ONCE)]).softmax(-1)
+        chances = torch.cat([network_logits(module, tensors, part) for part in images.split(IMAGES_AT_ONCE)]).softmax(
+            -1
+        )
     answers = torch.multinomial(chances, 1, generator=generator)[:, 0]
     for part, own in zip(images.split(IMAGES_AT_ONCE), answers.split(IMAGES_AT_ONCE), strict=True):
         yield vmap(grad(loss), in_dims=(None, 0, 0))(tokens, part, own)
-
-
-def _logits(module: nn.Module, tensors: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    output = functional_call(module, tensors, (images,))
-    return output if isinstance(output, torch.Tensor) else output.logits

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hub_scripts.zoos.zoo import Zoo
 from tokenization_sane import SymmetrySpec, WeightMatcher, weight_distance
 
 
@@ -20,6 +21,28 @@ class ZooAligner:
     def __init__(self, spec: SymmetrySpec, reference_id: str, reference: Mapping[str, torch.Tensor]):
         self.spec, self.reference_id, self.reference = spec.of_kind("permutation", "sign"), reference_id, reference
         self._matcher = WeightMatcher(self.spec, reference)
+
+    @classmethod
+    def of_zoo(cls, zoo: Zoo) -> "ZooAligner | None":
+        """The aligner that brings networks to the order of a zoo's own; None if nothing of its networks can be moved.
+
+        The reference is the one that the zoo names; of a zoo that was not aligned, its first train model.
+        """
+        if not zoo.has_symmetries or not zoo.symmetries.of_kind("permutation", "sign").groups:
+            return None
+        first = zoo.rows("train")[0]
+        for reference in (first.get("alignment_reference"), first["model_id"]):
+            row = zoo.last_row_of("train", reference)
+            if row is not None:
+                break
+        return cls(zoo.symmetries, reference, zoo.state_dict("train", row))
+
+    def align_stacked(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Stacked networks `(networks, *shape)`, each matched on its own."""
+        count = len(next(iter(tensors.values())))
+        networks = ({name: tensor[i] for name, tensor in tensors.items()} for i in range(count))
+        aligned = [found.state_dict for found in self._matcher.align_all(networks)]
+        return {name: torch.stack([network[name] for network in aligned]) for name in tensors}
 
     def match(self, last: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Permutations and signs that bring the last checkpoint of a network near the reference.

@@ -156,6 +156,16 @@ class Zoo:
         """One column as an array `(checkpoints,)`."""
         return np.asarray(self.rows(split)[name])
 
+    def last_rows(self, split: str) -> np.ndarray:
+        """Rows of the last epoch of a split, `(checkpoints,)` int64."""
+        epochs = self.column(split, "epoch")
+        return np.flatnonzero(epochs == epochs.max())
+
+    def last_row_of(self, split: str, model_id: str) -> int | None:
+        """Row of a model's last checkpoint; None if the split does not have the model."""
+        rows = np.flatnonzero(np.asarray(self.rows(split)["model_id"]) == model_id)
+        return int(rows[self.column(split, "epoch")[rows].argmax()]) if len(rows) else None
+
     @cached_property
     def layout_ids(self) -> list[str]:
         """The layouts that rows have, in the order of their names."""

@@ -225,6 +225,8 @@ def _words(args: SampleArguments) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"anchors": ["top:0"]}, "expected one of top:N, random:N"),
+        ({"anchors": ["top:3", "a.safetensors"]}, "expected one of top:N, random:N"),
         ({"mode": ["all"]}, "expected some of laplace, joint, token"),
         ({"keep": 9, "count": 3}, "expected 1 <= keep <= count"),
         ({"rounds": 0}, "--rounds is 0"),
