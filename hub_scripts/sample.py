@@ -20,7 +20,7 @@ from hub_scripts.generation.draws import Sensitivity, check_modes, fit_flow, fit
 from hub_scripts.generation.growth import GrowthReport, grow_networks
 from hub_scripts.generation.heads import HEADS, adapt_task, replace_head, require_classes
 from hub_scripts.generation.judge import NORMS, TOP, Judge, Judged
-from hub_scripts.generation.refinement import THROUGH, ensemble_probabilities, refine
+from hub_scripts.generation.refinement import THROUGH, probabilities, refine
 from hub_scripts.generation.target_codec import codec_for
 from hub_scripts.hub import publish_folder
 from hub_scripts.model_cards import networks_card, public_settings
@@ -39,6 +39,7 @@ TARGETS = ("anchors", "labels")
 AT_CHANCE = 3  # exit code
 GROWTH_IMAGES = 64  # on which functions before and after are compared
 AVERAGE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0)  # from an anchor itself to the plain average of some
+NOT_WRITTEN = ("unseen", "decoded_anchors", "fitted_anchors")
 TIE_NOISE = 0.1  # of copies of one unit, so that training can move them apart
 
 
@@ -65,6 +66,13 @@ class SampleArguments:
             "ids:NAME,NAME), or checkpoints: files, folders, Hub repositories."
         },
     )
+    anchor_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Gradient steps that bring the latents of each anchor to where its decoded network says what the anchor says on "
+            "images of the task (no labels); 0 takes the encoder's."
+        },
+    )
     mode: list[str] = field(
         default_factory=lambda: ["laplace", "joint", "token", "dimension"],
         metadata={
@@ -89,7 +97,9 @@ class SampleArguments:
     )
     laplace_images: int = field(
         default=2000,
-        metadata={"help": "Images of the task's train split on which mode laplace keeps what anchors say."},
+        metadata={
+            "help": "Images of the task's train split on which mode laplace and --anchor-steps keep what anchors say."
+        },
     )
     flow_steps: int = field(default=1500, metadata={"help": "Training steps of mode flow."})
     condition: list[str] = field(
@@ -125,7 +135,9 @@ class SampleArguments:
     refine_through: str = field(
         default="latents", metadata={"help": "latents, or weights: the same steps without decoder."}
     )
-    refine_learning_rate: float = field(default=0.02, metadata={"help": "Of these steps, in standard deviations."})
+    refine_learning_rate: float = field(
+        default=0.02, metadata={"help": "Of these steps and of --anchor-steps, in standard deviations."}
+    )
     refine_batch_size: int = field(default=128, metadata={"help": "Images in such a step."})
     norms: str = field(
         default="data",
@@ -178,8 +190,9 @@ class SampleArguments:
         check_modes(self.mode, num_anchors=2)
         if self.count < 1 or not 1 <= self.keep <= self.count:
             raise ValueError(f"--keep is {self.keep} and --count {self.count}, expected 1 <= keep <= count.")
-        if self.rounds < 1:
-            raise ValueError(f"--rounds is {self.rounds}, expected at least 1.")
+        for name, least in (("rounds", 1), ("anchor_steps", 0), ("refine_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}.")
         for name, known in (("norms", NORMS), ("refine_through", THROUGH), ("refine_target", TARGETS)):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -240,13 +253,14 @@ class _Sampling:
         self.judge = Judge(self.zoo, self.codec, self.module, self.task, args.keep, args.norms, self.is_new_layout)
         self.generator = torch.Generator().manual_seed(args.seed)
         self.anchor_tokens = self.codec.tokens(self.anchors.tensors)
-        self.latents = self.codec.encode(self.anchor_tokens)
+        self.encoded = self.codec.encode(self.anchor_tokens)
         # the anchors are finite: they were checked when they were read
-        if not self.codec.decode(self.latents).isfinite().all():
+        if not self.codec.decode(self.encoded).isfinite().all():
             raise ValueError(
                 f"the model {args.model} turns its anchors into values that are not finite, so it cannot generate; its training has "
                 "diverged, or its weights are damaged. Train it again or take another one."
             )
+        self.latents = self._fit_anchors() if args.anchor_steps else self.encoded
         self.sets: dict[str, Judged] = {}
         self.curves: dict[str, list[dict[str, float]]] = {}
         self.samplers: dict[str, LatentSampler] = {}
@@ -276,6 +290,12 @@ class _Sampling:
             self.anchors.tensors, self.module, before, target, spec, images, TIE_NOISE, torch.Generator().manual_seed(self.args.seed)
         )  # fmt: skip
         self.anchors, self.module = Anchors(tensors, self.anchors.names), target
+
+    def _fit_anchors(self) -> torch.Tensor:
+        """Latents from which the decoder gives what the anchors say: an autoencoder loses some of it."""
+        images, _ = self._some_images(self.args.laplace_images)
+        own = probabilities(self.module, self.anchors.tensors, images)
+        return self._steps(self.encoded, images, own, self.args.anchor_steps, "latents")
 
     @property
     def sensitivity(self) -> Sensitivity:
@@ -346,16 +366,20 @@ class _Sampling:
         images, labels = self._some_images(len(self.task.labels["train"]))
         if self.args.refine_target == "anchors":
             images = images[: self.args.laplace_images]
-            labels = ensemble_probabilities(self.module, self.anchors.tensors, images)
+            labels = probabilities(self.module, self.anchors.tensors, images).mean(0)
         through = through or self.args.refine_through
         if through == "weights" and start.shape[-1] != self.codec.tokenizer.token_size:
             start = self.codec.decode(start)
-        values = refine(
-            self.codec, self.module, start, images, labels, steps=self.args.refine_steps,
-            learning_rate=self.args.refine_learning_rate, batch_size=self.args.refine_batch_size,
-            generator=torch.Generator().manual_seed(self.args.seed), through=through,
-        )  # fmt: skip
+        values = self._steps(start, images, labels, self.args.refine_steps, through)
         return self._networks(values) if through == "latents" else self.codec.tensors(values)
+
+    def _steps(
+        self, start: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, steps: int, through: str
+    ) -> torch.Tensor:
+        return refine(
+            self.codec, self.module, start, images, targets, steps=steps, learning_rate=self.args.refine_learning_rate,
+            batch_size=self.args.refine_batch_size, generator=torch.Generator().manual_seed(self.args.seed), through=through,
+        )  # fmt: skip
 
     def compare(self) -> None:
         """The sets that generated ones stand beside."""
@@ -386,7 +410,9 @@ class _Sampling:
         self.curves["average"] = [{"share": s, **judge.point(networks(v[:few]))} for s, v in averages.items()]
         self.sets["average"] = judge(networks(averages[1.0]))
         self.sets["anchors"] = judge(self.anchors.tensors)
-        self.sets["decoded_anchors"] = judge(self._networks(self.latents))
+        self.sets["decoded_anchors"] = judge(self._networks(self.encoded))
+        if self.args.anchor_steps:
+            self.sets["fitted_anchors"] = judge(self._networks(self.latents))
         if self.is_new_layout:
             return
         self.sets["unseen"] = judge(self.zoo.stacked("test", self.zoo.last_rows("test")))
@@ -408,9 +434,7 @@ def sample(args: SampleArguments) -> dict[str, Any]:
 
 def _write(folder: Path, sampling: _Sampling, results: dict[str, Any]) -> None:
     args, zoo, sets = sampling.args, sampling.zoo, sampling.sets
-    best = {
-        name: judged.order[: args.keep] for name, judged in sets.items() if name not in ("unseen", "decoded_anchors")
-    }
+    best = {name: judged.order[: args.keep] for name, judged in sets.items() if name not in NOT_WRITTEN}
     networks = {name: {k: t[index.copy()] for k, t in sets[name].tensors.items()} for name, index in best.items()}
     info = {
         "architecture": sampling.architecture,

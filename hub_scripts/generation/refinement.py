@@ -14,9 +14,9 @@ NETWORKS_AT_ONCE = 16
 
 
 @torch.no_grad()
-def ensemble_probabilities(module: nn.Module, tensors: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """What many networks together say: mean probabilities `(images, classes)`, a target that needs no labels."""
-    return batched_logits(module, tensors, images).softmax(-1).mean(0)
+def probabilities(module: nn.Module, tensors: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """What networks say, `(networks, images, classes)`: targets that need no labels, one by one or their mean."""
+    return batched_logits(module, tensors, images).softmax(-1)
 
 
 def refine(
@@ -40,7 +40,8 @@ def refine(
         start (`torch.Tensor`): latents `(networks, tokens, latent_size)`, or normalised tokens `(networks, tokens, token_size)`
             where the steps go through weights.
         images (`torch.Tensor` of shape `(images, channels, height, width)`): to draw batches from.
-        targets (`torch.Tensor` of shape `(images, classes)` or `(images,)`): probabilities, or labels (int64).
+        targets (`torch.Tensor` of shape `(images, classes)`, `(networks, images, classes)` or `(images,)`): probabilities, the same
+            for all networks or for each its own, or labels (int64).
         steps (`int`): optimizer steps.
         learning_rate (`float`): in units of the start's standard deviation, so that both ways go equally fast.
         batch_size (`int`): images in a step, the same for all networks.
@@ -58,13 +59,15 @@ def refine(
     unit = start.std()
     refined = []
     with tqdm(total=len(start) * steps, desc=f"refine through {through}", unit="network-step") as bar:
-        for part in start.split(NETWORKS_AT_ONCE):
+        own_targets = targets.ndim == 3
+        for rows in torch.arange(len(start)).split(NETWORKS_AT_ONCE):
+            part, wanted = start[rows], targets[rows] if own_targets else targets
             values = (part / unit).clone().requires_grad_()
             optimizer = torch.optim.Adam([values], lr=learning_rate)
             schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
             for index in batches:
                 logits = batched_logits(module, codec.tensors(to_tokens(values * unit)), images[index])
-                own = targets[index].expand(len(part), *targets[index].shape)
+                own = wanted[:, index] if own_targets else wanted[index].expand(len(part), *wanted[index].shape)
                 loss = (
                     nn.functional.cross_entropy(logits.flatten(0, 1), own.flatten(0, 1), reduction="sum") / batch_size
                 )

@@ -23,7 +23,7 @@ from hub_scripts.zoos.zoo import Zoo
 from tests.tiny import TINY_TRAINING
 
 QUICK = {"anchors": ["top:3"], "count": 4, "keep": 2, "bandwidth": 0.05, "bandwidths": [0.3], "laplace_bandwidth": 0.2,
-         "laplace_bandwidths": [0.3], "laplace_images": 50, "noises": [0.1, 0.4]}  # fmt: skip
+         "laplace_bandwidths": [0.3], "laplace_images": 50, "anchor_steps": 2, "noises": [0.1, 0.4]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_sampling_judges_generated_networks_beside_the_baselines(samples):
     results = json.loads((samples / "results.json").read_text())
     sets = results["sample"]
     modes = {"laplace", "joint", "token", "dimension"}
-    beside = {"noise", "average", "anchors", "decoded_anchors", "unseen", "noise_refined"}
+    beside = {"noise", "average", "anchors", "decoded_anchors", "fitted_anchors", "unseen", "noise_refined"}
     assert set(sets) == modes | {f"{mode}_refined" for mode in modes} | beside
     assert sets["anchors"]["nearest_train_distance"] == pytest.approx(0, abs=1e-4)  # they are training checkpoints
     assert sets["unseen"]["nearest_train_distance"] > sets["noise"]["nearest_train_distance"] > 0
