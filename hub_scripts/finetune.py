@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.evaluation import finetune_plots
+from hub_scripts.evaluation.baselines import from_scratch
 from hub_scripts.evaluation.functional import build_module, ensemble_accuracy, evaluate, train_networks
 from hub_scripts.evaluation.learning_curves import LearningCurve
 from hub_scripts.evaluation.report import Picture, Section, Table, write_report
@@ -281,14 +282,6 @@ def _names(folders: Sequence[str]) -> list[str]:
             depth += 1
         names.append("/".join(own[-depth:]))
     return names
-
-
-def from_scratch(architecture: str, kwargs: Mapping[str, Any], count: int, seed: int) -> dict[str, torch.Tensor]:
-    """Networks as the architecture initialises itself, stacked `(count, *shape)`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        networks = [build_module(architecture, kwargs).state_dict() for _ in range(count)]
-    return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
 
 
 def _finite(tensors: Mapping[str, torch.Tensor]) -> list[bool]:

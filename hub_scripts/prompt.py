@@ -12,16 +12,16 @@ from tqdm.auto import tqdm
 
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation import plots
-from hub_scripts.evaluation.baselines import nearest_distances
+from hub_scripts.evaluation import finetune_plots, plots
+from hub_scripts.evaluation.baselines import from_scratch, nearest_distances
 from hub_scripts.evaluation.functional import OTHER_CLASS, evaluate, train_networks
+from hub_scripts.evaluation.learning_curves import LearningCurve
 from hub_scripts.generation.episodes import Episodes, draw_samples, train_prompter
 from hub_scripts.generation.prompts import PromptConfig, PromptedGenerator, Prompter
 from hub_scripts.generation.retrieval import retrieve
 from hub_scripts.model_cards import public_name, public_settings
 from hub_scripts.outputs import new_folder, write_json, write_text
 from hub_scripts.zoos.networks import save_networks
-from hub_scripts.zoos.population import build_network
 from hub_scripts.zoos.tasks import load_task, renumber
 from hub_scripts.zoos.zoo import Zoo
 
@@ -146,8 +146,11 @@ def train_prompt(args: PromptArguments) -> dict[str, Any]:
         prompter.save_pretrained(folder)
         for data, found in curves.items():
             # methods that have a style of their own in all plots keep it
-            named = {name if name in plots.STYLES else METHODS[name]: curve for name, curve in found.items()}
-            plots.finetuning_curves(named).savefig(folder / f"finetuning_{data}.png")
+            named = {
+                name if name in plots.STYLES else METHODS[name]: LearningCurve(np.arange(len(curve)), curve[None])
+                for name, curve in found.items()
+            }
+            finetune_plots.accuracy_curves(named, steps_per_epoch=1).savefig(folder / f"finetuning_{data}.png")
         settings = {"prompt": results, "history": history, "arguments": asdict(args)}
         write_json(folder / "results.json", settings)
         write_text(folder / "README.md", _card(args, prompter, results))
@@ -234,18 +237,11 @@ class _Comparison:
             self.starts[name] = _Start({key: t[found.rows] for key, t in known.items()}, found.outputs)
         means = {key: t.mean(0, keepdim=True).repeat_interleave(len(same), 0) for key, t in known.items()}
         self.starts["zoo_mean"] = _Start(means, same)
-        self.starts["scratch"] = _Start(self._scratch(prompter, list(known)), same)
+        random = from_scratch(prompter.architecture, prompter.architecture_kwargs, len(self.classes), args.seed)
+        self.starts["scratch"] = _Start({name: random[name] for name in known}, same)
         self.trained = zoo.column(split, "test_accuracy")[self.rows]
         self.is_new = _new_sets(self.classes, [zoo.classes("train")[int(row)] for row in train_rows])
         self.distance = self._distances(prompter.codec, known, zoo.stacked(split, self.rows))
-
-    def _scratch(self, prompter: Prompter, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Networks as their modules initialise themselves."""
-        networks = [
-            build_network(prompter.architecture, prompter.architecture_kwargs, self.args.seed + number).state_dict()
-            for number in range(len(self.classes))
-        ]
-        return {name: torch.stack([network[name] for network in networks]) for name in names}
 
     def _distances(
         self, codec: Codec, known: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor]

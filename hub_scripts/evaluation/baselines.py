@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from hub_scripts.evaluation.features import QUANTILES
+from hub_scripts.evaluation.functional import build_module
 from hub_scripts.evaluation.moments import over_depth
 
 BLOCK_BYTES = 2**28  # the largest intermediate array
@@ -231,6 +233,14 @@ def average_anchors(
     chosen = torch.rand(count, len(anchors), generator=generator).argsort(1)[:, :subset_size]
     shares = torch.zeros(count, len(anchors), dtype=anchors.dtype).scatter_(1, chosen, 1 / subset_size)
     return torch.lerp(anchors[chosen[:, 0]], shares @ anchors, share)
+
+
+def from_scratch(architecture: str, kwargs: Mapping[str, Any], count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Networks as the architecture initialises itself, stacked `(count, *shape)`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        networks = [build_module(architecture, kwargs).state_dict() for _ in range(count)]
+    return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
 
 
 def _flat(weights: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, np.ndarray]:

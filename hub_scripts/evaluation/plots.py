@@ -311,33 +311,6 @@ def accuracy_against_distance(groups: Mapping[str, tuple[np.ndarray, np.ndarray]
 
 
 @mpl.rc_context(RC)
-def finetuning_curves(curves: Mapping[str, np.ndarray]) -> Figure:
-    """Accuracy while fine-tuning, mean and standard deviation over the networks.
-
-    Args:
-        curves (`Mapping[str, np.ndarray]`): start -> accuracies `(epochs + 1, networks)`; row 0 is before training.
-
-    Returns:
-        `Figure`: a line with a band for each start.
-    """
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for index, (name, curve) in enumerate(curves.items()):
-        colour, marker = style_of(name, index)
-        curve = np.asarray(curve, np.float64)
-        epochs, mean, std = np.arange(len(curve)), curve.mean(1), curve.std(1)
-        label = f"{label_of(name)} (n = {curve.shape[1]})"
-        axes.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
-        size = 9 if marker == "*" else 5
-        axes.plot(epochs, mean, color=colour, marker=marker, markersize=size, markeredgecolor="white", label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="epochs of fine-tuning", ylabel="test accuracy (0 to 1)")
-    axes.set_ylim(top=min(1.02, axes.get_ylim()[1]))
-    figure.legend(loc="outside right center", title="mean ± std")
-    return figure
-
-
-@mpl.rc_context(RC)
 def filter_rows(originals: np.ndarray, reconstructions: np.ndarray) -> Figure:
     """Convolution filters above what the decoder makes of them, on one scale.
 

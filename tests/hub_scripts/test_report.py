@@ -4,12 +4,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from hub_scripts.evaluation.finetune_plots import accuracy_curves
+from hub_scripts.evaluation.learning_curves import LearningCurve
 from hub_scripts.evaluation.plots import (
     accuracy_against_distance,
     accuracy_histogram,
     embedding_map,
     filter_rows,
-    finetuning_curves,
     predicted_against_true,
     training_curves,
 )
@@ -38,7 +39,8 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def figure():
-    return finetuning_curves({"generated": np.array([[0.2, 0.4], [0.5, 0.7], [0.8, 0.9]])})
+    accuracy = np.array([[[0.2, 0.4], [0.5, 0.7], [0.8, 0.9]]])
+    return accuracy_curves({"generated": LearningCurve(np.arange(3), accuracy)}, steps_per_epoch=1)
 
 
 @pytest.fixture
