@@ -8,8 +8,9 @@ seeds its models are split anew, a SANE is trained on the train split (`--preset
 train split on validation images, selection is on validation images, and all figures are of test images.
 
 `quality`: `sane sample` with all modes around anchors, 50 networks each; and the same Laplace sampling in weights, without SANE.
+`independent`: the same on a zoo of MNIST (`--mnist`), on which no setting was chosen.
 `behaviour`: the same for encoders trained without behavioural loss and with five times its weight.
-`flow`: unconditional and conditional generation without anchors.  `few_shot`: 1, 3, 5 and 10 anchors.
+`flow`: networks like the whole train split, and with accuracies that are asked for.  `few_shot`: 1, 3, 5 and 10 anchors.
 `finetune`: generated networks, anchors, noise, averages and scratch, on Fashion-MNIST and on MNIST (`--mnist`, a folder of IDX files).
 `batch_norm`: norms as decoded or measured, windows with and without halo.  `architectures`: wider, deeper, another kernel.
 `prompts`: a data set alone gives a network (`benchmarks/generation_prompts.py`).  `speed`: of sampling and decoding.
@@ -39,11 +40,13 @@ from benchmarks.training_quality import command, fashion_zoo
 from hub_scripts.codec import Codec
 from hub_scripts.evaluation.functional import evaluate
 from hub_scripts.generation.anchors import load_anchors
+from hub_scripts.generation.draws import Sensitivity, fit_flow, fit_sampler
 from hub_scripts.generation.judge import Judge
+from hub_scripts.generation.refinement import probabilities, refine
 from hub_scripts.generation.sensitivity import latent_gradients
 from hub_scripts.outputs import read_json, write_json
 from hub_scripts.zoos.zoo import Zoo
-from modeling_sane import KernelDensitySampler, LaplaceSampler, LatentFlowSampler, SaneConfig, SaneModel, load_sampler
+from modeling_sane import KernelDensitySampler, LaplaceSampler, SaneConfig, SaneModel
 from tokenization_sane import SaneWeightTokenizer
 
 SEEDS = (0, 1, 2)
@@ -54,7 +57,9 @@ AROUND_ANCHORS = ("laplace", "joint", "token", "dimension", "gaussian", "interpo
 REFINE_STEPS = 20
 FLOW_STEPS = 1500
 SHOTS = (1, 3, 5, 10)
-ASKED = tuple(round(0.1 * k, 1) for k in range(1, 9))  # accuracies that the conditional flow is asked for
+WISH = "validation_accuracy"
+ASKED = (0.1, 0.65, 0.7, 0.725, 0.75, 0.775, 0.8)  # of it: at random, and over the range that trained networks have
+ASKED_COUNT = 10
 
 
 class Bench:
@@ -155,6 +160,7 @@ def targets(found: dict[str, Any]) -> dict[str, float]:
         **{
             f"above_{name}": laplace["accuracy_mean"] - at_distance(curves[name], laplace["nearest_train_distance"])
             for name in ("joint", "noise", "average", "laplace_in_weights")
+            if name in curves
         },
     }
 
@@ -226,6 +232,22 @@ def measure_behaviour(bench: Bench) -> dict[str, Any]:
     return found
 
 
+# --- a zoo that nothing was chosen on
+
+
+def measure_independent(bench: Bench) -> dict[str, Any]:
+    """The same on MNIST, on which no setting was looked at: bandwidth, stiffness and rates were chosen on Fashion-MNIST."""
+    if not bench.mnist:
+        raise SystemExit("--part independent needs --mnist, a folder of MNIST's IDX files.")
+    folder = bench.folder / "independent"
+    folder.mkdir(exist_ok=True)
+    zoo = fashion_zoo(folder / "zoo", bench.mnist)
+    flags = ["--anchors", ANCHORS, "--count", str(COUNT), "--keep", str(KEEP), "--mode", "laplace", "joint"]
+    model = train(zoo, folder / "model", "--seed", "0")
+    found = sample(model, zoo, folder / "quality", "--seed", "0", *flags, "--refine-steps", str(REFINE_STEPS))
+    return {"runs": {"0": {"sample": found["sample"], "curves": found["curves"], "targets": targets(found)}}}
+
+
 # --- few anchors
 
 
@@ -277,58 +299,66 @@ def measure_batch_norm(bench: Bench) -> dict[str, Any]:
     return found
 
 
-# --- without anchors
+# --- without chosen anchors
 
 
 def measure_flow(bench: Bench) -> dict[str, Any]:
-    """A flow on the train split: unconditional, and asked for accuracies from 0.1 to 0.8, by seed."""
-    runs = {}
+    """Networks like the whole train split, and with properties that are asked for, by seed: Laplace draws, and for one seed flows.
+
+    `laplace`: around last checkpoints at random; asked for an accuracy, around the train checkpoints that are nearest to it.
+    `flow`: a transformer on the latents of the split; asked for an accuracy, of all its checkpoints.
+    """
+    runs: dict[str, Any] = {}
     for seed in bench.seeds:
-        common = [
-            "--anchors",
-            ANCHORS,
-            "--mode",
-            "flow",
-            "--count",
-            str(COUNT),
-            "--keep",
-            str(KEEP),
-            "--noises",
-            "0.2",
-        ]
-        free = read_json(bench.sample(seed, "flow", *common, "--flow-steps", str(FLOW_STEPS)) / "results.json")[
-            "sample"
-        ]
-        asked = bench.sample(
-            seed, "flow-asked", *common, "--flow-steps", str(FLOW_STEPS), "--condition", "validation_accuracy=0.8"
-        )
-        zoo = Zoo(bench.zoo(seed))
-        mean = float(zoo.column("train", "test_accuracy")[zoo.last_rows("train")].mean())
-        runs[str(seed)] = {
-            "sample": {name: free[name] for name in ("flow", "anchors", "unseen")},
-            "zoo_accuracy_mean": mean,
-            "of_zoo": free["flow"]["accuracy_mean"] / mean,
-            "asked": ask(load_sampler(asked / "sampler" / "flow"), zoo, bench.model(seed), seed),
-        }
-        print("flow", seed, runs[str(seed)]["of_zoo"], runs[str(seed)]["asked"]["kendall_tau"], flush=True)
+        file = bench.folder / f"seed{seed}" / "flow.json"
+        if not file.exists():
+            write_json(file, without_anchors(Zoo(bench.zoo(seed)), bench.model(seed), seed, seed == bench.seeds[0]))
+        runs[str(seed)] = read_json(file)
+        print("flow", seed, json.dumps(runs[str(seed)]), flush=True)
     return {"steps": FLOW_STEPS, "runs": runs, "mean": mean_of(list(runs.values()))}
 
 
-def ask(sampler: LatentFlowSampler, zoo: Zoo, model: Path, seed: int, count: int = 10) -> dict[str, Any]:
-    """Accuracies that were asked for and those that were measured, and Kendall's τ over all networks."""
+def without_anchors(zoo: Zoo, model: Path, seed: int, with_flow: bool) -> dict[str, Any]:
+    """Accuracies and distances of one seed, by sampler."""
     torch.set_num_threads(1)
     codec = Codec.from_pretrained(model, zoo.layout)
+    codec.model.requires_grad_(False)
     judge = Judge(zoo, codec, zoo.module, zoo.task, KEEP)
     generator = torch.Generator().manual_seed(seed)
-    points, wanted, measured = [], [], []
-    for accuracy in ASKED:
-        tensors = codec.tensors(codec.decode(sampler.sample(count, torch.tensor([accuracy]), generator=generator)))
-        found = evaluate(zoo.module, tensors, zoo.task.images["test"], zoo.task.labels["test"]).accuracy
-        wanted += [accuracy] * count
-        measured += found.tolist()
-        points.append({"asked": accuracy, "measured_mean": float(found.mean()), "measured_std": float(found.std()),
-                       "nearest_train_distance": float(np.nanmean(judge.distances(tensors)))})  # fmt: skip
-    return {"points": points, "kendall_tau": float(kendalltau(wanted, measured).statistic)}
+    images = zoo.task.images["train"]
+    images = images[torch.randperm(len(images), generator=generator)[:2000]]
+
+    def around(rule: str, count: int, wish: dict[str, float] | None = None) -> torch.Tensor:
+        tensors = load_anchors(zoo, [rule], codec.tokenizer, seed, wish).tensors
+        own = probabilities(zoo.module, tensors, images)
+        latents = codec.encode(codec.tokens(tensors))
+        latents = refine(
+            codec, zoo.module, latents, images, own, steps=100, learning_rate=0.02, batch_size=128, generator=generator
+        )
+        sampler = fit_sampler("laplace", codec, latents, 0.7, Sensitivity(zoo.module, images), generator)
+        return sampler.sample(count, generator=generator)
+
+    draw = {"laplace": lambda wish: around(f"near:{ASKED_COUNT}", ASKED_COUNT, {WISH: wish})}
+    free = {"laplace": around(f"random:{COUNT}", COUNT)}
+    if with_flow:
+        free["flow"] = fit_flow(zoo, codec, {}, FLOW_STEPS, seed).sample(COUNT, generator=generator)
+        asked = fit_flow(zoo, codec, {WISH: 0}, FLOW_STEPS, seed)
+        draw["flow"] = lambda wish: asked.sample(ASKED_COUNT, torch.tensor([wish]), generator=generator)
+    mean = float(zoo.column("train", "test_accuracy")[zoo.last_rows("train")].mean())
+    found = {}
+    for name, latents in free.items():
+        figures = judge(codec.tensors(codec.decode(latents))).figures
+        wanted, measured, points = [], [], []
+        for wish in ASKED:
+            tensors = codec.tensors(codec.decode(draw[name](wish)))
+            accuracy = evaluate(zoo.module, tensors, zoo.task.images["test"], zoo.task.labels["test"]).accuracy
+            wanted += [wish] * ASKED_COUNT
+            measured += accuracy.tolist()
+            points.append({"asked": wish, "measured_mean": float(accuracy.mean()), "measured_std": float(accuracy.std()),
+                           "nearest_train_distance": float(np.nanmean(judge.distances(tensors)))})  # fmt: skip
+        tau = float(kendalltau(wanted, measured).statistic)
+        found[name] = figures | {"of_zoo": figures["accuracy_mean"] / mean, "asked": points, "kendall_tau": tau}
+    return {"zoo_accuracy_mean": mean, **found}
 
 
 # --- other architectures
@@ -522,7 +552,18 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-PARTS = ("quality", "behaviour", "flow", "few_shot", "finetune", "batch_norm", "architectures", "prompts", "speed")
+PARTS = (
+    "quality",
+    "independent",
+    "behaviour",
+    "flow",
+    "few_shot",
+    "finetune",
+    "batch_norm",
+    "architectures",
+    "prompts",
+    "speed",
+)
 
 
 def main() -> None:
@@ -552,6 +593,7 @@ def main() -> None:
         bench = Bench(folder, zoo, args.batch_norm_zoo, args.mnist, tuple(args.seeds))
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "quality": lambda: measure_quality(bench),
+            "independent": lambda: measure_independent(bench),
             "behaviour": lambda: measure_behaviour(bench),
             "flow": lambda: measure_flow(bench),
             "few_shot": lambda: measure_few_shot(bench),

@@ -93,10 +93,10 @@ def command(*arguments: str) -> tuple[float, float]:
     return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def fashion_zoo(folder: Path) -> Path:
-    """A zoo of 210 CNNs of the published Model Zoos on Fashion-MNIST."""
+def fashion_zoo(folder: Path, images: str = FASHION_MNIST) -> Path:
+    """A zoo of 210 CNNs of the published Model Zoos on Fashion-MNIST, or on the images of another folder of IDX files."""
     if not folder.exists():
-        settings = ["--task", f"idx:{FASHION_MNIST}", "--num-models", "210", "--epochs", "5", "--batch-size", "128"]
+        settings = ["--task", f"idx:{images}", "--num-models", "210", "--epochs", "5", "--batch-size", "128"]
         settings += ["--learning-rates", "3e-3", "1e-2", "--data-fractions", "0.2", "--num-workers", "2"]
         settings += ["--architecture", "hub_scripts.zoos.architectures:ModelZooCNN"]
         command("build_zoo.py", "--output-dir", str(folder), *settings)

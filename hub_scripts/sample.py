@@ -52,7 +52,7 @@ class SampleArguments:
 
     Example:
       sane sample --model runs/model --zoo runs/zoo --output-dir runs/sample --anchors top:10 --count 50 --keep 10
-      sane sample --model runs/model --zoo runs/zoo --output-dir runs/flow --mode flow --condition validation_accuracy=0.8
+      sane sample --model runs/model --zoo runs/zoo --output-dir runs/wish --anchors near:10 --condition validation_accuracy=0.8
       sane sample --model runs/model --zoo runs/zoo --output-dir runs/mine --anchors a.safetensors b.safetensors --mode laplace
     """
 
@@ -63,7 +63,8 @@ class SampleArguments:
         default_factory=lambda: ["top:10"],
         metadata={
             "help": "Networks to sample around: last checkpoints of the train split by a rule (top:N on validation images, random:N, "
-            "ids:NAME,NAME), or checkpoints: files, folders, Hub repositories."
+            "ids:NAME,NAME), the checkpoints of any epoch that are nearest to --condition (near:N), or checkpoints: files, folders, "
+            "Hub repositories."
         },
     )
     anchor_steps: int = field(
@@ -104,7 +105,10 @@ class SampleArguments:
     flow_steps: int = field(default=1500, metadata={"help": "Training steps of mode flow."})
     condition: list[str] = field(
         default_factory=list,
-        metadata={"help": "Properties that mode flow shall aim at, NAME=VALUE: numeric columns of the zoo."},
+        metadata={
+            "help": "Properties that networks shall have, NAME=VALUE: numeric columns of the zoo. Mode flow aims at them, and "
+            "--anchors near:N looks for them."
+        },
     )
     noises: list[float] = field(
         default_factory=lambda: [0.05, 0.1, 0.2, 0.4, 0.8],
@@ -200,10 +204,11 @@ class SampleArguments:
                 )
         if self.new_head is not None and self.new_head not in HEADS:
             raise ValueError(f"--new-head is {self.new_head!r}, expected {' or '.join(HEADS)}.")
-        if self.condition and "flow" not in self.mode:
-            raise ValueError(
-                "--condition needs --mode flow; other modes know no conditions: choose anchors by them instead."
-            )
+        near = self.anchors[0].startswith("near:")
+        if self.condition and not near and "flow" not in self.mode:
+            raise ValueError("--condition needs --anchors near:N, or --mode flow, which has no anchors.")
+        if near and not self.condition:
+            raise ValueError(f"--anchors {self.anchors[0]} needs --condition NAME=VALUE, to which they are near.")
         self.conditions()
 
     def conditions(self) -> dict[str, float]:
@@ -231,7 +236,7 @@ class _Sampling:
         require_classes(self.module, self.task, args.new_head)
         model, tokenizer = load_pretrained(args.model)
         model.requires_grad_(False)
-        self.anchors = load_anchors(self.zoo, args.anchors, tokenizer, args.seed)
+        self.anchors = load_anchors(self.zoo, args.anchors, tokenizer, args.seed, args.conditions())
         check_modes(args.mode, len(self.anchors))
         row = self.zoo.rows("train")[0]
         self.architecture, self.kwargs = row["architecture"], json.loads(row["architecture_kwargs"] or "{}")
@@ -295,7 +300,7 @@ class _Sampling:
         """Latents from which the decoder gives what the anchors say: an autoencoder loses some of it."""
         images, _ = self._some_images(self.args.laplace_images)
         own = probabilities(self.module, self.anchors.tensors, images)
-        return self._steps(self.encoded, images, own, self.args.anchor_steps, "latents")
+        return self._steps(self.encoded, images, own, self.args.anchor_steps)
 
     @property
     def sensitivity(self) -> Sensitivity:
@@ -374,7 +379,7 @@ class _Sampling:
         return self._networks(values) if through == "latents" else self.codec.tensors(values)
 
     def _steps(
-        self, start: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, steps: int, through: str
+        self, start: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, steps: int, through: str = "latents"
     ) -> torch.Tensor:
         return refine(
             self.codec, self.module, start, images, targets, steps=steps, learning_rate=self.args.refine_learning_rate,

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from hub_scripts.embed import read_network, stack
+from hub_scripts.generation.conditions import nearest_rows
 from hub_scripts.zoos.alignment import ZooAligner
 from hub_scripts.zoos.zoo import Zoo
 from tokenization_sane import SaneWeightTokenizer
 
-RULE = re.compile(r"(top|random):([1-9]\d*)|ids:(.+)")
-SYNTAX = "top:N, random:N, ids:NAME,NAME, or checkpoints: files, folders or Hub repositories"
+RULE = re.compile(r"(top|random|near):([1-9]\d*)|ids:(.+)")
+SYNTAX = "top:N, random:N, near:N, ids:NAME,NAME, or checkpoints: files, folders or Hub repositories"
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,34 @@ def check_rules(words: Sequence[str]) -> None:
         ValueError: The rule is named, and what is expected.
     """
     for word in words:
-        is_rule = word.partition(":")[0] in ("top", "random", "ids")
+        is_rule = word.partition(":")[0] in ("top", "random", "near", "ids")
         if is_rule and (len(words) > 1 or not RULE.fullmatch(word)):
             raise ValueError(f"--anchors is {' '.join(words)!r}, expected one of {SYNTAX}.")
 
 
-def load_anchors(zoo: Zoo, words: Sequence[str], tokenizer: SaneWeightTokenizer, seed: int) -> Anchors:
+def load_anchors(
+    zoo: Zoo,
+    words: Sequence[str],
+    tokenizer: SaneWeightTokenizer,
+    seed: int,
+    conditions: Mapping[str, float] | None = None,
+) -> Anchors:
     """Anchors by a rule on the train split, or from checkpoints anywhere.
 
     Args:
         zoo ([`Zoo`]): its train split is where rules choose; its alignment is what checkpoints from elsewhere are brought to.
-        words (`Sequence[str]`): one rule (`top:5`, `random:10`, `ids:a,b`), or checkpoint files, folders, Hub repositories.
+        words (`Sequence[str]`): one rule (`top:5`, `random:10`, `near:5`, `ids:a,b`), or checkpoint files, folders, Hub repositories.
         tokenizer ([`SaneWeightTokenizer`]): reads checkpoints.
         seed (`int`): of random choices.
+        conditions (`Mapping[str, float]`, *optional*): numeric columns and the values that `near` looks for.
 
     Raises:
         ValueError: If a rule asks for what the split does not have, or a checkpoint cannot be read or is of another layout.
     """
     if RULE.fullmatch(words[0]):
-        rows = choose_rows(zoo, words[0], seed)
-        names = [zoo.rows("train")[int(row)]["model_id"] for row in rows]
+        rows = choose_rows(zoo, words[0], seed, conditions)
+        found = [zoo.rows("train")[int(row)] for row in rows]
+        names = [row["model_id"] + (f" epoch {row['epoch']}" if words[0].startswith("near") else "") for row in found]
         return Anchors(zoo.stacked("train", rows), names)
     networks = []
     for source in words:
@@ -74,8 +83,11 @@ def load_anchors(zoo: Zoo, words: Sequence[str], tokenizer: SaneWeightTokenizer,
     return Anchors(tensors if aligner is None else aligner.align_stacked(tensors), list(words))
 
 
-def choose_rows(zoo: Zoo, rule: str, seed: int) -> np.ndarray:
-    """Rows of the train split: last checkpoints, the best on validation images, random ones, or those of named models.
+def choose_rows(zoo: Zoo, rule: str, seed: int, conditions: Mapping[str, float] | None = None) -> np.ndarray:
+    """Rows of the train split that a rule chooses.
+
+    These are last checkpoints, the best on validation images, random ones or those of named models; or, of the checkpoints of all
+    epochs, those nearest to some conditions.
 
     Raises:
         ValueError: If the split holds fewer models than asked for, or not the ones that are named.
@@ -83,6 +95,8 @@ def choose_rows(zoo: Zoo, rule: str, seed: int) -> np.ndarray:
     kind, _, asked = rule.partition(":")
     if kind == "ids":
         return np.asarray([_named_row(zoo, name) for name in asked.split(",")])
+    if kind == "near":
+        return nearest_rows(zoo, conditions or {}, int(asked))
     last = zoo.last_rows("train")
     if int(asked) > len(last):
         raise ValueError(

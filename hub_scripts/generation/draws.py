@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import Value
 from torch import nn
 
 from hub_scripts.codec import Codec
+from hub_scripts.generation.conditions import condition_values
 from hub_scripts.generation.sensitivity import latent_gradients
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import (
@@ -97,20 +97,13 @@ def fit_flow(zoo: Zoo, codec: Codec, conditions: Mapping[str, float], steps: int
         ValueError: If a condition is no numeric column.
     """
     rows = np.arange(len(zoo.rows("train"))) if conditions else zoo.last_rows("train")
-    features = zoo.rows("train").features
-    numbers = [
-        name for name, kind in features.items() if isinstance(kind, Value) and kind.dtype.startswith(("int", "float"))
-    ]
-    for name in conditions:
-        if name not in numbers:
-            raise ValueError(
-                f"--condition names {name!r}, which is no numeric column of {zoo.name}; these are: {', '.join(numbers)}."
-            )
-    values = [torch.as_tensor(zoo.column("train", name)[rows], dtype=torch.float32) for name in conditions]
+    values = (
+        torch.as_tensor(condition_values(zoo, list(conditions))[rows], dtype=torch.float32) if conditions else None
+    )
     latents = codec.encode(codec.tokens(zoo.stacked("train", rows)))
     return LatentFlowSampler(train_steps=steps, seed=seed).fit(
         latents,
-        torch.stack(values, 1) if values else None,
+        values,
         position_ids=codec.layout.position_ids,
         layer_kind_ids=codec.layout.layer_kind_ids,
         progress=True,

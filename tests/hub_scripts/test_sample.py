@@ -61,6 +61,19 @@ def test_anchors_are_last_checkpoints_of_the_train_split(zoo):
     assert set(choose_rows(zoo, "random:3", 1)) <= set(np.flatnonzero(epoch == 2))
 
 
+def test_anchors_near_a_wish_are_the_nearest_checkpoint_of_each_model(zoo, codec):
+    accuracy, models = zoo.column("train", "validation_accuracy"), np.asarray(zoo.rows("train")["model_id"])
+    rows = choose_rows(zoo, "near:4", 0, {"validation_accuracy": 0.4})
+    away = np.abs(accuracy - 0.4)
+    of_models = np.sort([away[models == name].min() for name in np.unique(models)])
+    np.testing.assert_allclose(away[rows], of_models[:4])
+    assert len(set(models[rows])) == 4
+    found = load_anchors(zoo, ["near:1"], codec.tokenizer, 0, {"epoch": 1})
+    assert found.names[0].endswith(" epoch 1")
+    with pytest.raises(ValueError, match="near:8 asks for more than the 7 models"):
+        choose_rows(zoo, "near:8", 0, {"epoch": 1})
+
+
 def test_anchors_by_name_and_from_files_are_the_same_networks(zoo, codec, tmp_path):
     row = int(choose_rows(zoo, "top:1", 0)[0])
     name = zoo.rows("train")[row]["model_id"]
@@ -231,7 +244,8 @@ def _words(args: SampleArguments) -> list[str]:
         ({"keep": 9, "count": 3}, "expected 1 <= keep <= count"),
         ({"rounds": 0}, "--rounds is 0"),
         ({"norms": "some"}, "--norms is 'some', expected data or none"),
-        ({"condition": ["x=1"]}, "needs --mode flow"),
+        ({"condition": ["x=1"]}, "needs --anchors near:N, or --mode flow"),
+        ({"anchors": ["near:3"]}, "needs --condition NAME=VALUE"),
         ({"condition": ["x"], "mode": ["flow"]}, "expected NAME=VALUE"),
     ],
 )
