@@ -39,6 +39,8 @@ TARGETS = ("anchors", "labels")
 AT_CHANCE = 3  # exit code
 GROWTH_IMAGES = 64  # on which functions before and after are compared
 AVERAGE_SHARES = (0.1, 0.2, 0.35, 0.5, 1.0)  # from an anchor itself to the plain average of some
+ANCHOR_STEPS, MOST_FITTED = 100, 1_000_000
+MOST_GRADIENT_VALUES = 2**32  # of mode laplace for one anchor: images times weights; 16 GB
 NOT_WRITTEN = ("unseen", "decoded_anchors", "fitted_anchors")
 TIE_NOISE = 0.1  # of copies of one unit, so that training can move them apart
 
@@ -67,11 +69,12 @@ class SampleArguments:
             "Hub repositories."
         },
     )
-    anchor_steps: int = field(
-        default=100,
+    anchor_steps: int | None = field(
+        default=None,
         metadata={
             "help": "Gradient steps that bring the latents of each anchor to where its decoded network says what the anchor says on "
-            "images of the task (no labels); 0 takes the encoder's."
+            f"images of the task (no labels); 0 takes the encoder's. Default {ANCHOR_STEPS} for networks of up to {MOST_FITTED:,} "
+            "weights, else 0: each step decodes every anchor."
         },
     )
     mode: list[str] = field(
@@ -195,7 +198,7 @@ class SampleArguments:
         if self.count < 1 or not 1 <= self.keep <= self.count:
             raise ValueError(f"--keep is {self.keep} and --count {self.count}, expected 1 <= keep <= count.")
         for name, least in (("rounds", 1), ("anchor_steps", 0), ("refine_steps", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}.")
         for name, known in (("norms", NORMS), ("refine_through", THROUGH), ("refine_target", TARGETS)):
             if getattr(self, name) not in known:
@@ -255,6 +258,7 @@ class _Sampling:
         layout = tokenizer.layout(self.module) if self.is_new_layout else self.zoo.layout
         self.codec = codec_for(model, tokenizer, layout, self.anchors.tensors)
         self.codec.window_size, self.codec.halo = args.window_size, args.halo
+        self._check_size()
         self.judge = Judge(self.zoo, self.codec, self.module, self.task, args.keep, args.norms, self.is_new_layout)
         self.generator = torch.Generator().manual_seed(args.seed)
         self.anchor_tokens = self.codec.tokens(self.anchors.tensors)
@@ -265,11 +269,21 @@ class _Sampling:
                 f"the model {args.model} turns its anchors into values that are not finite, so it cannot generate; its training has "
                 "diverged, or its weights are damaged. Train it again or take another one."
             )
+        if args.anchor_steps is None:
+            args.anchor_steps = ANCHOR_STEPS if self.codec.layout.num_parameters <= MOST_FITTED else 0
         self.latents = self._fit_anchors() if args.anchor_steps else self.encoded
         self.sets: dict[str, Judged] = {}
         self.curves: dict[str, list[dict[str, float]]] = {}
         self.samplers: dict[str, LatentSampler] = {}
         self._drawn: dict[str, torch.Tensor] = {}  # latents of each mode
+
+    def _check_size(self) -> None:
+        weights = self.codec.layout.num_parameters
+        if "laplace" in self.args.mode and weights * self.args.laplace_images > MOST_GRADIENT_VALUES:
+            raise ValueError(
+                f"--mode laplace needs the gradient of each of {self.args.laplace_images:,} images in {weights:,} weights, more than fits "
+                f"in memory. Lower --laplace-images to {max(1, MOST_GRADIENT_VALUES // weights):,}, or take another --mode, such as joint."
+            )
 
     def _replace_head(self) -> None:
         """Give the anchors a classifier for the task; what follows takes them as they are then."""

@@ -213,6 +213,15 @@ def test_a_task_with_other_classes_needs_a_new_classifier(arguments, tmp_path):
     assert network["fc2.weight"].shape[0] == 3
 
 
+def test_gradients_that_do_not_fit_in_memory_are_refused_before_the_work_begins(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "MOST_GRADIENT_VALUES", 2_000)
+    with pytest.raises(
+        ValueError, match=r"each of 50 images in .* Lower --laplace-images to \d, or take another --mode"
+    ):
+        sample(arguments(tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_flow_needs_no_anchors_and_is_kept(arguments, tmp_path):
     sample(arguments(tmp_path / "s", mode=["flow"], flow_steps=2, condition=["validation_accuracy=0.5"]))
     assert (tmp_path / "s" / "sampler" / "flow").is_dir()
