@@ -272,6 +272,13 @@ def _flow_table(found: dict) -> list[str]:
     return lines
 
 
+TASKS = {
+    "fashion_mnist": "Fashion-MNIST",
+    "mnist": "MNIST",
+    "mnist_with_a_ridge_head": "MNIST after a new head in closed form",
+}
+
+
 def _finetune_table(found: dict) -> list[str]:
     lines = []
     for task, one in found.items():
@@ -279,7 +286,7 @@ def _finetune_table(found: dict) -> list[str]:
         sets, epochs = list(runs[0]["sets"]), runs[0]["epochs"]
         levels = list(runs[0]["steps_to_reach"][sets[0]])
         lines += [
-            f"Fine-tuned on {task.replace('_', '-').title()}, {runs[0]['task']['train_images']:,} images, {len(runs)} seed(s), a learning rate tuned for each set:",
+            f"Fine-tuned on {TASKS[task]}, {runs[0]['task']['train_images']:,} images, {len(runs)} seed(s), a learning rate tuned for each set:",
             "",
             "| start | "
             + " | ".join(f"epoch {e}" for e in epochs)
