@@ -1,6 +1,6 @@
 """New networks: how good, how far from copies, how fast they learn; JSON out.
 
-python benchmarks/generation.py --out results.json                               everything; about six hours on one core
+python benchmarks/generation.py --out results.json --mnist FOLDER                everything; about six hours on one core
 python benchmarks/generation.py --out results.json --part quality --zoo runs/fm  some parts; others are kept
 
 The zoo is one of 210 CNNs of the published Model Zoos on Fashion-MNIST (`apt-get install dataset-fashion-mnist`); for each of three
@@ -43,10 +43,10 @@ from hub_scripts.generation.anchors import load_anchors
 from hub_scripts.generation.draws import Sensitivity, fit_flow, fit_sampler
 from hub_scripts.generation.judge import Judge
 from hub_scripts.generation.refinement import probabilities, refine
-from hub_scripts.generation.sensitivity import latent_gradients
 from hub_scripts.outputs import read_json, write_json
+from hub_scripts.sample import ANCHOR_STEPS, SampleArguments
 from hub_scripts.zoos.zoo import Zoo
-from modeling_sane import KernelDensitySampler, LaplaceSampler, SaneConfig, SaneModel
+from modeling_sane import KernelDensitySampler, SaneConfig, SaneModel
 from tokenization_sane import SaneWeightTokenizer
 
 SEEDS = (0, 1, 2)
@@ -194,7 +194,7 @@ def laplace_in_weights(zoo_folder: Path, model: Path, seed: int) -> list[dict[st
     images = zoo.task.images["train"]
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:2000]]
     latents = plain.tokens(anchors.tensors)
-    sampler = LaplaceSampler().fit(latents, gradients=latent_gradients(plain, zoo.module, latents, images, generator))
+    sampler = fit_sampler("laplace", plain, latents, 0.0, Sensitivity(zoo.module, images), generator)
     points = []
     for bandwidth in (0.2, 0.4, 0.6, 0.8, 1.1):
         sampler.bandwidth = bandwidth
@@ -236,8 +236,7 @@ def measure_behaviour(bench: Bench) -> dict[str, Any]:
 
 def measure_independent(bench: Bench) -> dict[str, Any]:
     """The same on MNIST, on which no setting was looked at: bandwidth, stiffness and rates were chosen on Fashion-MNIST."""
-    if not bench.mnist:
-        raise SystemExit("--part independent needs --mnist, a folder of MNIST's IDX files.")
+    assert bench.mnist is not None  # main() asks for it
     folder = bench.folder / "independent"
     folder.mkdir(exist_ok=True)
     zoo = fashion_zoo(folder / "zoo", bench.mnist)
@@ -325,16 +324,17 @@ def without_anchors(zoo: Zoo, model: Path, seed: int, with_flow: bool) -> dict[s
     judge = Judge(zoo, codec, zoo.module, zoo.task, KEEP)
     generator = torch.Generator().manual_seed(seed)
     images = zoo.task.images["train"]
-    images = images[torch.randperm(len(images), generator=generator)[:2000]]
+    images = images[torch.randperm(len(images), generator=generator)[: SampleArguments.laplace_images]]
+    steps = {"steps": ANCHOR_STEPS, "learning_rate": SampleArguments.refine_learning_rate}
+    steps["batch_size"] = SampleArguments.refine_batch_size
+    bandwidth = SampleArguments.laplace_bandwidth
 
     def around(rule: str, count: int, wish: dict[str, float] | None = None) -> torch.Tensor:
         tensors = load_anchors(zoo, [rule], codec.tokenizer, seed, wish).tensors
         own = probabilities(zoo.module, tensors, images)
         latents = codec.encode(codec.tokens(tensors))
-        latents = refine(
-            codec, zoo.module, latents, images, own, steps=100, learning_rate=0.02, batch_size=128, generator=generator
-        )
-        sampler = fit_sampler("laplace", codec, latents, 0.7, Sensitivity(zoo.module, images), generator)
+        latents = refine(codec, zoo.module, latents, images, own, generator=generator, **steps)
+        sampler = fit_sampler("laplace", codec, latents, bandwidth, Sensitivity(zoo.module, images), generator)
         return sampler.sample(count, generator=generator)
 
     draw = {"laplace": lambda wish: around(f"near:{ASKED_COUNT}", ASKED_COUNT, {WISH: wish})}
@@ -556,18 +556,18 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-PARTS = (
-    "quality",
-    "independent",
-    "behaviour",
-    "flow",
-    "few_shot",
-    "finetune",
-    "batch_norm",
-    "architectures",
-    "prompts",
-    "speed",
-)
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "quality": measure_quality,
+    "independent": measure_independent,
+    "behaviour": measure_behaviour,
+    "flow": measure_flow,
+    "few_shot": measure_few_shot,
+    "finetune": measure_finetune,
+    "batch_norm": measure_batch_norm,
+    "architectures": measure_architectures,
+    "prompts": lambda bench: measure_prompts(bench.folder / "prompts", bench.seeds),
+    "speed": measure_speed,
+}
 
 
 def main() -> None:
@@ -576,39 +576,27 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="the JSON file; parts not measured are kept as it has them"
     )
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument(
         "--zoo", type=Path, help="a zoo of CNNs on Fashion-MNIST; by default it is built, in half an hour"
     )
     parser.add_argument("--batch-norm-zoo", type=Path, help="a zoo with batch norm; by default it is built")
-    parser.add_argument(
-        "--mnist", help="folder of MNIST's IDX files, the new task of `finetune`; without it there is none"
-    )
+    parser.add_argument("--mnist", help="folder of MNIST's IDX files, for `independent` and as new task of `finetune`")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of splits, encoders and draws")
     parser.add_argument(
         "--work-dir", type=Path, help="keep zoos, models and networks here; what is there is not made again"
     )
     args = parser.parse_args()
+    if "independent" in args.part and not args.mnist:  # now, not after hours of the parts before it
+        parser.error("--part independent needs --mnist, a folder of MNIST's IDX files.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.work_dir or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["SANE_CACHE"] = str(folder / "cache")
         zoo = (args.zoo or fashion_zoo(folder / "fashion")).resolve()
         bench = Bench(folder, zoo, args.batch_norm_zoo, args.mnist, tuple(args.seeds))
-        parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "quality": lambda: measure_quality(bench),
-            "independent": lambda: measure_independent(bench),
-            "behaviour": lambda: measure_behaviour(bench),
-            "flow": lambda: measure_flow(bench),
-            "few_shot": lambda: measure_few_shot(bench),
-            "finetune": lambda: measure_finetune(bench),
-            "batch_norm": lambda: measure_batch_norm(bench),
-            "architectures": lambda: measure_architectures(bench),
-            "prompts": lambda: measure_prompts(folder / "prompts", bench.seeds),
-            "speed": lambda: measure_speed(bench),
-        }
         for name in args.part:
-            found = parts[name]()
+            found = PARTS[name](bench)
             results: dict[str, Any] = read_json(args.out) if args.out.exists() else {}
             results[name] = found
             results.setdefault("machine", {})[name] = {"torch": torch.__version__, "cores": os.cpu_count()}
