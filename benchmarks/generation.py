@@ -215,19 +215,28 @@ def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_behaviour(bench: Bench) -> dict[str, Any]:
-    """What the behavioural loss of the encoder does to generated networks, one seed."""
+    """What the behavioural loss of the encoder does to generated networks, one seed; with the encoder's latents and with fitted ones."""
     seed = bench.seeds[0]
-    found = {}
+    found: dict[str, Any] = {}
     for weight in ("0", "0.1", "0.5"):
         name = "model" if weight == "0.1" else f"model-behaviour-{weight}"
         flags = [] if weight == "0.1" else ["--behavioural-weight", weight]
         model = bench.model(seed, name, *flags)
         modes = ["--mode", "laplace", "joint", "--anchors", ANCHORS, "--count", str(COUNT), "--keep", str(KEEP)]
-        results = read_json(bench.sample(seed, f"behaviour-{weight}", *modes, model=model) / "results.json")
-        found[weight] = {
-            "curves": {name: results["curves"][name] for name in ("laplace", "joint")},
-            "sample": {name: results["sample"][name] for name in ("laplace", "joint", "decoded_anchors", "anchors")},
-        }
+        found[weight] = {}
+        for anchor_steps in ("0", str(ANCHOR_STEPS)):
+            output = bench.sample(
+                seed, f"behaviour-{weight}-{anchor_steps}", *modes, "--anchor-steps", anchor_steps, model=model
+            )
+            results = read_json(output / "results.json")
+            sets = ("laplace", "joint", "decoded_anchors", "fitted_anchors", "anchors", "unseen")
+            found[weight][anchor_steps] = {
+                "curves": {name: results["curves"][name] for name in ("laplace", "joint")},
+                "sample": {name: results["sample"][name] for name in sets if name in results["sample"]},
+            }
+        print(
+            "behaviour", weight, json.dumps({k: v["sample"]["laplace"] for k, v in found[weight].items()}), flush=True
+        )
     return found
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hub_scripts.arguments import parse_arguments, run_command
 from hub_scripts.evaluation import finetune_plots
 from hub_scripts.evaluation.baselines import from_scratch
-from hub_scripts.evaluation.functional import build_module, ensemble_accuracy, evaluate, train_networks
+from hub_scripts.evaluation.functional import batched_logits, build_module, ensemble_accuracy, evaluate, train_networks
 from hub_scripts.evaluation.learning_curves import LearningCurve
 from hub_scripts.evaluation.report import Picture, Section, Table, write_report
 from hub_scripts.generation.heads import HEADS, adapt_task, replace_head, require_classes
@@ -198,7 +198,8 @@ class _Comparison:
         for point, stacked in enumerate(self._stages(start, rate, seed, self.evaluations)):
             accuracy.append(evaluate(self.module, stacked, images, labels).accuracy)
             if point in (0, len(steps) - 1):
-                together.append(ensemble_accuracy(self.module, stacked, images, labels))
+                with torch.no_grad():
+                    together.append(ensemble_accuracy(batched_logits(self.module, stacked, images), labels))
             bar.update(int(steps[point] - steps[point - 1]) if point else 0)
         return np.stack(accuracy), together
 

@@ -165,7 +165,7 @@ def networks_card(
     )  # fmt: skip
     sets = "\n".join(
         f"| `{key}` | {found['count']} | {found['accuracy_mean']:.3f} | {found['accuracy_top5']:.3f} | "
-        f"{found['nearest_train_distance']:.1f} |"
+        f"{found['accuracy_ensemble']:.3f} | {found['disagreement']:.3f} | {found['nearest_train_distance']:.1f} |"
         for key, found in figures.items()
     )
     networks = "\n".join(
@@ -186,10 +186,11 @@ anchors themselves, the anchors with noise, and averages of anchors. Task `{info
 * Anchors, of the zoo `{_title(zoo)}`: {", ".join(f"`{anchor}`" for anchor in info["anchors"])}
 
 All networks drawn, measured on test images. Distance is to the nearest checkpoint of the train split, in normalised weights:
-`unseen` is what networks of other runs have.
+`unseen` is what networks of other runs have. Ensemble and disagreement are of the {arguments["keep"]} networks that were kept: accuracy of their
+averaged probabilities, and share of images on which two of them predict different classes.
 
-| set | networks | accuracy | best {5} by validation | distance |
-|---|---|---|---|---|
+| set | networks | accuracy | best {5} by validation | ensemble | disagreement | distance |
+|---|---|---|---|---|---|---|
 {sets}
 
 ```python

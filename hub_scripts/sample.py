@@ -443,9 +443,8 @@ def sample(args: SampleArguments) -> dict[str, Any]:
         sampling = _Sampling(args)
         sampling.generate()
         sampling.compare()
-        results = {name: judged.figures for name, judged in sampling.sets.items()}
+        results = {name: set_.figures | sampling.judge.together(set_) for name, set_ in sampling.sets.items()}
         for name in sampling.args.mode:
-            results[name]["accuracy_ensemble"] = sampling.judge.ensemble_accuracy(sampling.sets[name])
             results[name]["is_at_chance"] = sampling.judge.is_at_chance(sampling.sets[name])
         _write(folder, sampling, results)
     return results

@@ -212,6 +212,26 @@ def agreement(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
     return ((logits_a.argmax(-1) == logits_b.argmax(-1)) & valid).float().mean(1)
 
 
+def disagreement(logits: torch.Tensor) -> float:
+    """Share of images on which two of some networks predict different classes, mean over all pairs; NaN agrees with nothing.
+
+    How much networks of one accuracy differ in what they compute (Fort et al. 2019, arXiv 1912.02757): copies have 0.
+
+    Args:
+        logits (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
+
+    Returns:
+        `float`: 0 to 1; NaN for a single network.
+    """
+    networks, _, classes = logits.shape
+    if networks < 2:
+        return math.nan
+    votes = nn.functional.one_hot(logits.argmax(-1), classes) * ~logits.isnan().any(-1, keepdim=True)
+    counts = votes.sum(0)  # (images, classes)
+    agreeing = (counts * (counts - 1)).sum(-1).double().mean()
+    return float(1 - agreeing / (networks * (networks - 1)))
+
+
 def behavioural_loss(
     decoded_logits: torch.Tensor, original_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
@@ -290,12 +310,13 @@ def evaluate(
     return Evaluation((hits / counts).cpu().numpy(), (losses / counts).cpu().numpy())
 
 
-@torch.no_grad()
-def ensemble_accuracy(
-    module: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor
-) -> float:
-    """Accuracy of the mean of the networks' probabilities; an output with NaN is left out of the mean."""
-    logits = batched_logits(module, tensors, images)
+def ensemble_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Accuracy of the mean of the networks' probabilities; an output with NaN is left out of the mean.
+
+    Args:
+        logits (`torch.Tensor` of shape `(networks, images, classes)`): outputs.
+        labels (`torch.Tensor` of shape `(images,)`): int64.
+    """
     return float((logits.softmax(-1).nan_to_num().mean(0).argmax(-1) == labels).float().mean())
 
 

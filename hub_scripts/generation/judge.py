@@ -11,7 +11,13 @@ from torch import nn
 
 from hub_scripts.codec import Codec
 from hub_scripts.evaluation.baselines import nearest_distances
-from hub_scripts.evaluation.functional import condition_norms, ensemble_accuracy, evaluate
+from hub_scripts.evaluation.functional import (
+    batched_logits,
+    condition_norms,
+    disagreement,
+    ensemble_accuracy,
+    evaluate,
+)
 from hub_scripts.zoos.alignment import ZooAligner
 from hub_scripts.zoos.tasks import Task
 from hub_scripts.zoos.zoo import Zoo
@@ -171,11 +177,14 @@ class Judge:
         accuracy = evaluate(self.module, tensors, self.task.images["test"], self.task.labels["test"]).accuracy
         return {"accuracy_mean": accuracy.mean(), "nearest_train_distance": _mean(distances)}
 
-    def ensemble_accuracy(self, judged: Judged) -> float:
-        """Test accuracy of the kept networks' averaged probabilities."""
+    def together(self, judged: Judged) -> dict[str, float]:
+        """What the kept networks are as a set, on test images: accuracy of their averaged probabilities, and how often two disagree."""
         index = judged.order[: self.keep].copy()
         kept = {name: tensor[index] for name, tensor in judged.tensors.items()}
-        return ensemble_accuracy(self.module, kept, self.task.images["test"], self.task.labels["test"])
+        with torch.no_grad():
+            logits = batched_logits(self.module, kept, self.task.images["test"])
+        labels = self.task.labels["test"]
+        return {"accuracy_ensemble": ensemble_accuracy(logits, labels), "disagreement": disagreement(logits)}
 
     def is_at_chance(self, judged: Judged) -> bool:
         """True if no network does better on validation images than guessing would."""

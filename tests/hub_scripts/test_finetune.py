@@ -103,8 +103,9 @@ def test_a_report_is_written(results):
 def test_an_ensemble_averages_probabilities(zoo):
     tensors = {name: tensor[:4] for name, tensor in zoo.stacked("test").items()}
     images, labels = zoo.task.images["test"], zoo.task.labels["test"]
-    mean = batched_logits(zoo.module, tensors, images).softmax(-1).mean(0)
-    assert ensemble_accuracy(zoo.module, tensors, images, labels) == float((mean.argmax(-1) == labels).float().mean())
+    logits = batched_logits(zoo.module, tensors, images)
+    mean = logits.softmax(-1).mean(0)
+    assert ensemble_accuracy(logits, labels) == float((mean.argmax(-1) == labels).float().mean())
 
 
 def test_few_labelled_samples_of_other_classes(networks, tmp_path):

@@ -15,6 +15,7 @@ from hub_scripts.evaluation.functional import (
     build_module,
     condition_norms,
     cross_entropy,
+    disagreement,
     evaluate,
     train_networks,
     with_image_norms,
@@ -146,6 +147,17 @@ def test_figures_equal_those_by_hand():
     assert cross_entropy(logits, labels)[0].item() == pytest.approx(by_hand)
     torch.testing.assert_close(agreement(logits, logits), torch.tensor([1.0, 2 / 3]))
     torch.testing.assert_close(agreement(logits[:1], logits[1:]), torch.tensor([0.0]))
+
+
+def test_disagreement_is_the_mean_over_pairs():
+    logits = torch.randn(4, 30, 3, generator=torch.Generator().manual_seed(0))
+    pairs = [agreement(logits[i : i + 1], logits[j : j + 1]).item() for i in range(4) for j in range(i)]
+    assert disagreement(logits) == pytest.approx(1 - sum(pairs) / 6)
+    assert disagreement(logits[:1].expand(5, -1, -1)) == 0
+    logits[1, 7] = torch.nan  # agrees with none of the others
+    pairs = [agreement(logits[i : i + 1], logits[j : j + 1]).item() for i in range(4) for j in range(i)]
+    assert disagreement(logits) == pytest.approx(1 - sum(pairs) / 6)
+    assert math.isnan(disagreement(logits[:1]))
 
 
 def test_behavioural_loss_is_the_divergence_from_the_original():

@@ -130,6 +130,8 @@ def test_sampling_judges_generated_networks_beside_the_baselines(samples):
     assert sets["anchors"]["nearest_train_distance"] == pytest.approx(0, abs=1e-4)  # they are training checkpoints
     assert sets["unseen"]["nearest_train_distance"] > sets["noise"]["nearest_train_distance"] > 0
     assert sets["joint"]["count"] == 4
+    assert 0 < sets["joint"]["disagreement"] <= 1
+    assert sets["anchors"]["accuracy_ensemble"] > 0.3
     assert results["curves"]["joint"][0]["nearest_train_distance"] > sets["joint"]["nearest_train_distance"]
     assert {"curves.png", "accuracy.png", "accuracy_against_distance.png"} <= {path.name for path in samples.iterdir()}
 
