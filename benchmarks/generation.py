@@ -55,7 +55,6 @@ ANCHORS = "top:20"
 COUNT, KEEP = 50, 10
 AROUND_ANCHORS = ("laplace", "joint", "token", "dimension", "gaussian", "interpolation")
 REFINE_STEPS = 20
-FLOW_STEPS = 1500
 SHOTS = (1, 3, 5, 10)
 WISH = "validation_accuracy"
 ASKED = (0.1, 0.65, 0.7, 0.725, 0.75, 0.775, 0.8)  # of it: at random, and over the range that trained networks have
@@ -310,23 +309,28 @@ def measure_batch_norm(bench: Bench) -> dict[str, Any]:
 
 
 def measure_flow(bench: Bench) -> dict[str, Any]:
-    """Networks like the whole train split, and with properties that are asked for, by seed: Laplace draws, and for one seed flows.
+    """Networks like the whole train split, and with properties that are asked for, by seed.
 
     `laplace`: around last checkpoints at random; asked for an accuracy, around the train checkpoints that are nearest to it.
-    `flow`: a transformer on the latents of the split; asked for an accuracy, of all its checkpoints.
+    `flow`, and for one seed `token_flow`: trained on the split; asked for an accuracy, on all its checkpoints.
     """
     runs: dict[str, Any] = {}
     for seed in bench.seeds:
-        file = bench.folder / f"seed{seed}" / "flow.json"
-        if not file.exists():
-            write_json(file, without_anchors(Zoo(bench.zoo(seed)), bench.model(seed), seed, seed == bench.seeds[0]))
-        runs[str(seed)] = read_json(file)
-        print("flow", seed, json.dumps(runs[str(seed)]), flush=True)
-    return {"steps": FLOW_STEPS, "runs": runs, "mean": mean_of(list(runs.values()))}
+        zoo = Zoo(bench.zoo(seed))
+        accuracy = float(zoo.column("train", "test_accuracy")[zoo.last_rows("train")].mean())
+        run = runs[str(seed)] = {"zoo_accuracy_mean": accuracy}
+        for name in ("laplace", "flow", *(["token_flow"] if seed == bench.seeds[0] else [])):
+            file = bench.folder / f"seed{seed}" / f"without-anchors-{name}.json"
+            if not file.exists():
+                write_json(file, without_anchors(zoo, bench.model(seed), seed, name))
+            run[name] = read_json(file)
+            run[name]["of_zoo"] = run[name]["accuracy_mean"] / accuracy
+            print("flow", seed, name, json.dumps(run[name]), flush=True)
+    return {"runs": runs, "mean": mean_of(list(runs.values()))}
 
 
-def without_anchors(zoo: Zoo, model: Path, seed: int, with_flow: bool) -> dict[str, Any]:
-    """Accuracies and distances of one seed, by sampler."""
+def without_anchors(zoo: Zoo, model: Path, seed: int, name: str) -> dict[str, Any]:
+    """Accuracies and distances of one seed and sampler."""
     torch.set_num_threads(1)
     codec = Codec.from_pretrained(model, zoo.layout)
     codec.model.requires_grad_(False)
@@ -336,37 +340,37 @@ def without_anchors(zoo: Zoo, model: Path, seed: int, with_flow: bool) -> dict[s
     images = images[torch.randperm(len(images), generator=generator)[: SampleArguments.laplace_images]]
     steps = {"steps": ANCHOR_STEPS, "learning_rate": SampleArguments.refine_learning_rate}
     steps["batch_size"] = SampleArguments.refine_batch_size
-    bandwidth = SampleArguments.laplace_bandwidth
 
     def around(rule: str, count: int, wish: dict[str, float] | None = None) -> torch.Tensor:
         tensors = load_anchors(zoo, [rule], codec.tokenizer, seed, wish).tensors
         own = probabilities(zoo.module, tensors, images)
         latents = codec.encode(codec.tokens(tensors))
         latents = refine(codec, zoo.module, latents, images, own, generator=generator, **steps)
+        bandwidth = SampleArguments.laplace_bandwidth
         sampler = fit_sampler("laplace", codec, latents, bandwidth, Sensitivity(zoo.module, images), generator)
         return sampler.sample(count, generator=generator)
 
-    draw = {"laplace": lambda wish: around(f"near:{ASKED_COUNT}", ASKED_COUNT, {WISH: wish})}
-    free = {"laplace": around(f"random:{COUNT}", COUNT)}
-    if with_flow:
-        free["flow"] = fit_flow(zoo, codec, {}, FLOW_STEPS, seed).sample(COUNT, generator=generator)
-        asked = fit_flow(zoo, codec, {WISH: 0}, FLOW_STEPS, seed)
-        draw["flow"] = lambda wish: asked.sample(ASKED_COUNT, torch.tensor([wish]), generator=generator)
-    mean = float(zoo.column("train", "test_accuracy")[zoo.last_rows("train")].mean())
-    found = {}
-    for name, latents in free.items():
-        figures = judge(codec.tensors(codec.decode(latents))).figures
-        wanted, measured, points = [], [], []
-        for wish in ASKED:
-            tensors = codec.tensors(codec.decode(draw[name](wish)))
-            accuracy = evaluate(zoo.module, tensors, zoo.task.images["test"], zoo.task.labels["test"]).accuracy
-            wanted += [wish] * ASKED_COUNT
-            measured += accuracy.tolist()
-            points.append({"asked": wish, "measured_mean": float(accuracy.mean()), "measured_std": float(accuracy.std()),
-                           "nearest_train_distance": float(np.nanmean(judge.distances(tensors)))})  # fmt: skip
-        tau = float(kendalltau(wanted, measured).statistic)
-        found[name] = figures | {"of_zoo": figures["accuracy_mean"] / mean, "asked": points, "kendall_tau": tau}
-    return {"zoo_accuracy_mean": mean, **found}
+    if name == "laplace":
+        free = around(f"random:{COUNT}", COUNT)
+    else:
+        free = fit_flow(name, zoo, codec, {}, None, seed).sample(COUNT, generator=generator)
+        asked = fit_flow(name, zoo, codec, {WISH: 0}, None, seed)
+
+    def draw(wish: float) -> torch.Tensor:
+        if name == "laplace":
+            return around(f"near:{ASKED_COUNT}", ASKED_COUNT, {WISH: wish})
+        return asked.sample(ASKED_COUNT, torch.tensor([wish]), generator=generator)
+
+    figures = judge(codec.tensors(codec.decode(free))).figures
+    wanted, measured, points = [], [], []
+    for wish in ASKED:
+        tensors = codec.tensors(codec.decode(draw(wish)))
+        accuracy = evaluate(zoo.module, tensors, zoo.task.images["test"], zoo.task.labels["test"]).accuracy
+        wanted += [wish] * ASKED_COUNT
+        measured += accuracy.tolist()
+        points.append({"asked": wish, "measured_mean": float(accuracy.mean()), "measured_std": float(accuracy.std()),
+                       "nearest_train_distance": float(np.nanmean(judge.distances(tensors)))})  # fmt: skip
+    return figures | {"asked": points, "kendall_tau": float(kendalltau(wanted, measured).statistic)}
 
 
 # --- other architectures

@@ -192,6 +192,7 @@ def generation_tables() -> str:
     makers = {
         "quality": lambda found: _quality_table(found, "Fashion-MNIST"),
         "independent": lambda found: _quality_table(found, "MNIST, on which no setting was chosen"),
+        "behaviour": _behaviour_table,
         "few_shot": _few_shot_table,
         "flow": _flow_table,
         "finetune": _finetune_table,
@@ -213,14 +214,13 @@ def _quality_table(found: dict, images: str) -> list[str]:
     lines = [
         f"{images}, 210 CNNs, {len(runs)} seed(s) with splits and encoders of their own; 50 networks a set, epoch 0, mean (range over seeds).",
         "",
-        "| set | accuracy | best 10 by validation | distance |",
-        "|---|---|---|---|",
+        "| set | accuracy | best 10 by validation | their ensemble | their disagreement | distance |",
+        "|---|---|---|---|---|---|",
     ]
     for name in runs[0]:
-        own = [run for run in runs if name in run]
-        accuracy, kept = (_spread([run[name][key] for run in own]) for key in ("accuracy_mean", "accuracy_kept"))
-        distance = sum(run[name]["nearest_train_distance"] for run in own) / len(own)
-        lines.append(f"| {name.replace('_', ' ')} | {accuracy} | {kept} | {distance:.1f} |")
+        own = [run[name] for run in runs if name in run]
+        accuracy, kept = (_spread([one[key] for one in own]) for key in ("accuracy_mean", "accuracy_kept"))
+        lines.append(f"| {name.replace('_', ' ')} | {accuracy} | {kept} | {_as_a_set(own)} |")
     lines += ["", "| target | measured |", "|---|---|"]
     asked = {
         "mean_of_anchors": "`laplace`: mean accuracy, share of the anchors' (target 0.95)",
@@ -236,6 +236,34 @@ def _quality_table(found: dict, images: str) -> list[str]:
     for key, text in asked.items():
         values = [run["targets"][key] for run in found["runs"].values() if key in run["targets"]]
         lines += [f"| {text} | {_spread(values)} |"] if values else []
+    return lines
+
+
+def _as_a_set(runs: list[dict]) -> str:
+    """Cells of what the kept networks of a set are together, and how far they are from the training data; means of some seeds."""
+    cells = []
+    for key, digits in (("accuracy_ensemble", 3), ("disagreement", 3), ("nearest_train_distance", 1)):
+        values = [run[key] for run in runs if key in run]
+        cells.append(f"{sum(values) / len(values):.{digits}f}" if values else "")
+    return " | ".join(cells)
+
+
+def _behaviour_table(found: dict) -> list[str]:
+    lines = [
+        "| behavioural weight of the encoder's training (one seed) | `--anchor-steps` | set | accuracy | best 10 by validation | their ensemble | "
+        "their disagreement | distance |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for weight, by_steps in found.items():
+        for steps, run in by_steps.items():
+            for name in (
+                "laplace",
+                "joint",
+                "fitted_anchors" if "fitted_anchors" in run["sample"] else "decoded_anchors",
+            ):
+                one = run["sample"][name]
+                cells = f"{one['accuracy_mean']:.3f} | {one['accuracy_kept']:.3f} | {_as_a_set([one])}"
+                lines.append(f"| {weight} | {steps} | {name.replace('_', ' ')} | {cells} |")
     return lines
 
 
@@ -257,7 +285,7 @@ def _flow_table(found: dict) -> list[str]:
         "measured accuracy (target 0.6) |",
         "|---|---|---|---|---|---|",
     ]
-    own = {name: [run[name] for run in runs if name in run] for name in ("laplace", "flow")}
+    own = {name: [run[name] for run in runs if name in run] for name in ("laplace", "flow", "token_flow")}
     for name, some in own.items():
         accuracy, share, tau = (
             _spread([one[key] for one in some]) for key in ("accuracy_mean", "of_zoo", "kendall_tau")

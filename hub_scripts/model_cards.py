@@ -208,11 +208,13 @@ state_dict = load_file(hf_hub_download("namespace/name of this repository", "{in
 
 def _drawn(arguments: Mapping[str, Any]) -> str:
     """The samplers of some networks in words."""
+    learned = f"trained on the train split, {', '.join(arguments['condition']) or 'no condition'}"
     texts = {
         "laplace": f"`laplace` (Laplace approximation around anchors, bandwidth {arguments['laplace_bandwidth']})",
         "gaussian": "`gaussian` (mean and covariance of the anchors)",
         "interpolation": "`interpolation` (between anchors)",
-        "flow": f"`flow` (trained on the train split, {', '.join(arguments['condition']) or 'no condition'})",
+        "flow": f"`flow` (of whole networks; {learned})",
+        "token_flow": f"`token_flow` (of their tokens; {learned})",
     }
     kernel = f"kernel density, bandwidth {arguments['bandwidth']}"
     return ", ".join(texts.get(mode, f"`{mode}` ({kernel})") for mode in arguments["mode"])

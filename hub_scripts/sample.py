@@ -16,7 +16,7 @@ from hub_scripts.evaluation import generation_plots, plots
 from hub_scripts.evaluation.baselines import average_anchors, noise_around
 from hub_scripts.evaluation.functional import build_module
 from hub_scripts.generation.anchors import Anchors, check_rules, load_anchors
-from hub_scripts.generation.draws import Sensitivity, check_modes, fit_flow, fit_sampler
+from hub_scripts.generation.draws import FLOWS, Sensitivity, check_modes, fit_flow, fit_sampler
 from hub_scripts.generation.growth import GrowthReport, grow_networks
 from hub_scripts.generation.heads import HEADS, adapt_task, replace_head, require_classes
 from hub_scripts.generation.judge import NORMS, TOP, Judge, Judged
@@ -82,8 +82,9 @@ class SampleArguments:
         metadata={
             "help": "How to draw. laplace: around an anchor, in directions that hardly change what it says on images of the task (no "
             "labels); joint, token, dimension: kernel density that takes the whole network, each token or each value from one "
-            "anchor; gaussian: mean and covariance of the anchors; interpolation: between and beyond anchors; flow: a "
-            "transformer trained on the latents of the whole train split, without anchors."
+            "anchor; gaussian: mean and covariance of the anchors; interpolation: between and beyond anchors; flow and "
+            "token_flow: trained on the whole train split, without anchors, on whole networks or on their tokens. With some "
+            "hundred independent networks flow gives those networks again, and token_flow only noise."
         },
     )
     bandwidth: float = field(
@@ -105,11 +106,13 @@ class SampleArguments:
             "help": "Images of the task's train split on which mode laplace and --anchor-steps keep what anchors say."
         },
     )
-    flow_steps: int = field(default=1500, metadata={"help": "Training steps of mode flow."})
+    flow_steps: int | None = field(
+        default=None, metadata={"help": "Training steps of modes flow and token_flow; default 5000 and 1500."}
+    )
     condition: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Properties that networks shall have, NAME=VALUE: numeric columns of the zoo. Mode flow aims at them, and "
+            "help": "Properties that networks shall have, NAME=VALUE: numeric columns of the zoo. Flows aim at them, and "
             "--anchors near:N looks for them."
         },
     )
@@ -124,7 +127,7 @@ class SampleArguments:
     rounds: int = field(
         default=1,
         metadata={
-            "help": "More than 1: the kept networks become the anchors of the next round (bootstrap), for each mode."
+            "help": "More than 1: the kept networks become the anchors of the next round (bootstrap), for each mode but flows."
         },
     )
     refine_steps: int = field(
@@ -208,7 +211,7 @@ class SampleArguments:
         if self.new_head is not None and self.new_head not in HEADS:
             raise ValueError(f"--new-head is {self.new_head!r}, expected {' or '.join(HEADS)}.")
         near = self.anchors[0].startswith("near:")
-        if self.condition and not near and "flow" not in self.mode:
+        if self.condition and not near and not set(FLOWS) & set(self.mode):
             raise ValueError("--condition needs --anchors near:N, or --mode flow, which has no anchors.")
         if near and not self.condition:
             raise ValueError(f"--anchors {self.anchors[0]} needs --condition NAME=VALUE, to which they are near.")
@@ -251,7 +254,7 @@ class _Sampling:
         # not by fingerprints: those of a module and of the zoo's checkpoints may differ in what is no weight
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in self.anchors.tensors.items()}
         self.is_new_layout = shapes != {name: tuple(tensor.shape) for name, tensor in self.zoo.layout.tensors.items()}
-        if self.is_new_layout and "flow" in args.mode:
+        if self.is_new_layout and set(FLOWS) & set(args.mode):
             raise ValueError(
                 "--mode flow learns the networks of the zoo; for another architecture or other classes take another mode."
             )
@@ -329,8 +332,8 @@ class _Sampling:
     def generate(self) -> None:
         """The sets of all modes, and their curves of accuracy against distance."""
         for mode in self.args.mode:
-            if mode == "flow":
-                self._flow()
+            if mode in FLOWS:
+                self._flow(mode)
                 continue
             is_laplace = mode == "laplace"
             bandwidth = self.args.laplace_bandwidth if is_laplace else self.args.bandwidth
@@ -348,11 +351,11 @@ class _Sampling:
     def _fit(self, mode: str, latents: torch.Tensor, bandwidth: float) -> LatentSampler:
         return fit_sampler(mode, self.codec, latents, bandwidth, self.sensitivity, self.generator)
 
-    def _flow(self) -> None:
+    def _flow(self, mode: str) -> None:
         conditions = self.args.conditions()
-        sampler = fit_flow(self.zoo, self.codec, conditions, self.args.flow_steps, self.args.seed)
+        sampler = fit_flow(mode, self.zoo, self.codec, conditions, self.args.flow_steps, self.args.seed)
         asked = torch.tensor(list(conditions.values())) if conditions else None
-        self._keep("flow", sampler, sampler.sample(self.args.count, asked, generator=self.generator))
+        self._keep(mode, sampler, sampler.sample(self.args.count, asked, generator=self.generator))
 
     def _keep(self, mode: str, sampler: LatentSampler, drawn: torch.Tensor) -> None:
         self.samplers[mode], self._drawn[mode] = sampler, drawn
@@ -473,7 +476,7 @@ def _write(folder: Path, sampling: _Sampling, results: dict[str, Any]) -> None:
     first = networks[args.mode[0]]
     save_in_own_class(folder / NETWORKS_FOLDER / "best", sampling.module, {name: t[0] for name, t in first.items()})
     for mode, sampler in sampling.samplers.items():
-        if mode == "flow":  # the others are fitted again in seconds
+        if mode in FLOWS:  # the others are fitted again in seconds
             sampler.save_pretrained(folder / SAMPLER_FOLDER / mode)
     name = args.push_to_hub or f"Networks generated from {Path(zoo.name).name}"
     write_text(folder / NETWORKS_FOLDER / "README.md", networks_card(name, args.model, zoo, results, info))

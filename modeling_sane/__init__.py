@@ -6,8 +6,8 @@ Importing this package registers the classes with `AutoConfig`, `AutoModel` and 
 
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
+from .component_flow_sane import ComponentFlowSampler
 from .configuration_sane import SaneConfig
-from .flow_sane import LatentFlowSampler
 from .generation_sane import GaussianSampler, InterpolationSampler, KernelDensitySampler, load_sampler
 from .laplace_sane import LaplaceSampler
 from .modeling_sane import (
@@ -19,6 +19,7 @@ from .modeling_sane import (
     nt_xent_loss,
     reconstruction_loss,
 )
+from .token_flow_sane import LatentFlowSampler
 
 AutoConfig.register(SaneConfig.model_type, SaneConfig, exist_ok=True)
 AutoModel.register(SaneConfig, SaneModel, exist_ok=True)
@@ -28,6 +29,7 @@ SaneModel.register_for_auto_class("AutoModel")
 SaneForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 
 __all__ = [
+    "ComponentFlowSampler",
     "GaussianSampler",
     "InterpolationSampler",
     "KernelDensitySampler",

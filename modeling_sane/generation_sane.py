@@ -31,7 +31,8 @@ class LatentSampler:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        LatentSampler.classes[cls.__name__] = cls
+        if cls.options:  # what has none is a base of others
+            LatentSampler.classes[cls.__name__] = cls
 
     @property
     def fitted(self) -> bool:

@@ -12,6 +12,7 @@ from hub_scripts.generation.conditions import condition_values
 from hub_scripts.generation.sensitivity import latent_gradients
 from hub_scripts.zoos.zoo import Zoo
 from modeling_sane import (
+    ComponentFlowSampler,
     GaussianSampler,
     InterpolationSampler,
     KernelDensitySampler,
@@ -21,7 +22,8 @@ from modeling_sane import (
 from modeling_sane.generation_sane import LatentSampler
 
 KERNELS = ("joint", "token", "dimension")
-MODES = ("laplace", *KERNELS, "gaussian", "interpolation", "flow")
+FLOWS = ("flow", "token_flow")
+MODES = ("laplace", *KERNELS, "gaussian", "interpolation", *FLOWS)
 NEED_TWO = ("gaussian", "interpolation")
 
 
@@ -65,7 +67,7 @@ def fit_sampler(
     """A sampler around anchors.
 
     Args:
-        mode (`str`): one of `MODES`, but for `"flow"`, which [`fit_flow`] fits to a whole zoo.
+        mode (`str`): one of `MODES`, but for `FLOWS`, which [`fit_flow`] fits to a whole zoo.
         codec ([`Codec`]): of the networks.
         latents (`torch.Tensor` of shape `(anchors, tokens, latent_size)`): of the anchors.
         bandwidth (`float`): of kernels, in latent units; for `"gaussian"` the noise beside the anchors' span; unused by
@@ -83,14 +85,17 @@ def fit_sampler(
     return LaplaceSampler(bandwidth=bandwidth).fit(latents, gradients=gradients)
 
 
-def fit_flow(zoo: Zoo, codec: Codec, conditions: Mapping[str, float], steps: int, seed: int) -> LatentFlowSampler:
+def fit_flow(
+    mode: str, zoo: Zoo, codec: Codec, conditions: Mapping[str, float], steps: int | None, seed: int
+) -> LatentSampler:
     """A flow over the latents of a zoo's train split.
 
     Args:
+        mode (`str`): one of `FLOWS`: `"flow"` over whole networks, `"token_flow"` over their tokens.
         zoo ([`Zoo`]): without conditions its last train checkpoints are learned, with conditions all of them.
         codec ([`Codec`]): encodes them.
         conditions (`Mapping[str, float]`): names of numeric columns that the flow is told.
-        steps (`int`): of training.
+        steps (`int`, *optional*): of training; default the sampler's.
         seed (`int`): of training.
 
     Raises:
@@ -101,10 +106,8 @@ def fit_flow(zoo: Zoo, codec: Codec, conditions: Mapping[str, float], steps: int
         torch.as_tensor(condition_values(zoo, list(conditions))[rows], dtype=torch.float32) if conditions else None
     )
     latents = codec.encode(codec.tokens(zoo.stacked("train", rows)))
-    return LatentFlowSampler(train_steps=steps, seed=seed).fit(
-        latents,
-        values,
-        position_ids=codec.layout.position_ids,
-        layer_kind_ids=codec.layout.layer_kind_ids,
-        progress=True,
-    )
+    options = {"seed": seed} | ({} if steps is None else {"train_steps": steps})
+    if mode == "flow":
+        return ComponentFlowSampler(**options).fit(latents, values, progress=True)
+    places = {"position_ids": codec.layout.position_ids, "layer_kind_ids": codec.layout.layer_kind_ids}
+    return LatentFlowSampler(**options).fit(latents, values, **places, progress=True)

@@ -20,6 +20,7 @@ from hub_scripts.sample import SampleArguments, sample
 from hub_scripts.train import TrainArguments, train
 from hub_scripts.zoos.networks import save_in_own_class
 from hub_scripts.zoos.zoo import Zoo
+from modeling_sane import load_sampler
 from tests.tiny import TINY_TRAINING
 
 QUICK = {"anchors": ["top:3"], "count": 4, "keep": 2, "bandwidth": 0.05, "bandwidths": [0.3], "laplace_bandwidth": 0.2,
@@ -225,8 +226,9 @@ def test_gradients_that_do_not_fit_in_memory_are_refused_before_the_work_begins(
 
 
 def test_a_flow_needs_no_anchors_and_is_kept(arguments, tmp_path):
-    sample(arguments(tmp_path / "s", mode=["flow"], flow_steps=2, condition=["validation_accuracy=0.5"]))
-    assert (tmp_path / "s" / "sampler" / "flow").is_dir()
+    sample(arguments(tmp_path / "s", mode=["flow", "token_flow"], flow_steps=2, condition=["validation_accuracy=0.5"]))
+    kinds = {path.name: type(load_sampler(path)).__name__ for path in (tmp_path / "s" / "sampler").iterdir()}
+    assert kinds == {"flow": "ComponentFlowSampler", "token_flow": "LatentFlowSampler"}
     with pytest.raises(ValueError, match="no numeric column"):
         sample(arguments(tmp_path / "t", mode=["flow"], flow_steps=2, condition=["beauty=1"]))
     assert not (tmp_path / "t").exists()

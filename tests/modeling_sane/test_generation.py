@@ -188,7 +188,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_an_unknown_class_is_refused(tmp_path):
     GaussianSampler().fit(anchors_far_apart()).save_pretrained(tmp_path)
     (tmp_path / "sampler_config.json").write_text(json.dumps({"sampler": "Dice"}))
-    with pytest.raises(ValueError, match="holds a Dice, which is none of GaussianSampler, InterpolationSampler, "):
+    with pytest.raises(ValueError, match="holds a Dice, which is none of ComponentFlowSampler, GaussianSampler, "):
         load_sampler(tmp_path)
 
 

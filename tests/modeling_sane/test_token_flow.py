@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_sane import LatentFlowSampler, load_sampler
-from modeling_sane.flow_sane import nearest_tokens
+from modeling_sane.token_flow_sane import nearest_tokens
 
 A, N, L = 5, 7, 3  # networks, tokens, latent_size
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "train_steps": 2, "batch_size": 4}
