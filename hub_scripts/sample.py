@@ -66,7 +66,7 @@ class SampleArguments:
         metadata={
             "help": "Networks to sample around: last checkpoints of the train split by a rule (top:N on validation images, random:N, "
             "ids:NAME,NAME), the checkpoints of any epoch that are nearest to --condition (near:N), or checkpoints: files, folders, "
-            "Hub repositories."
+            "Hub repositories, or a set that was generated (DIR/networks/flow)."
         },
     )
     anchor_steps: int | None = field(

@@ -10,11 +10,12 @@ import torch
 from hub_scripts.embed import read_network, stack
 from hub_scripts.generation.conditions import nearest_rows
 from hub_scripts.zoos.alignment import ZooAligner
+from hub_scripts.zoos.networks import set_files
 from hub_scripts.zoos.zoo import Zoo
 from tokenization_sane import SaneWeightTokenizer
 
 RULE = re.compile(r"(top|random|near):([1-9]\d*)|ids:(.+)")
-SYNTAX = "top:N, random:N, near:N, ids:NAME,NAME, or checkpoints: files, folders or Hub repositories"
+SYNTAX = "top:N, random:N, near:N, ids:NAME,NAME, or checkpoints: files, folders, sets of generated networks or Hub repositories"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def load_anchors(
 
     Args:
         zoo ([`Zoo`]): its train split is where rules choose; its alignment is what checkpoints from elsewhere are brought to.
-        words (`Sequence[str]`): one rule (`top:5`, `random:10`, `near:5`, `ids:a,b`), or checkpoint files, folders, Hub repositories.
+        words (`Sequence[str]`): one rule (`top:5`, `random:10`, `near:5`, `ids:a,b`), or checkpoint files, folders, Hub
+            repositories, sets of generated networks.
         tokenizer ([`SaneWeightTokenizer`]): reads checkpoints.
         seed (`int`): of random choices.
         conditions (`Mapping[str, float]`, *optional*): numeric columns and the values that `near` looks for.
@@ -69,8 +71,9 @@ def load_anchors(
         found = [zoo.rows("train")[int(row)] for row in rows]
         names = [row["model_id"] + (f" epoch {row['epoch']}" if words[0].startswith("near") else "") for row in found]
         return Anchors(zoo.stacked("train", rows), names)
+    sources = [str(file) for word in words for file in set_files(word) or [word]]
     networks = []
-    for source in words:
+    for source in sources:
         _, tensors = read_network(source, tokenizer)
         differs = _first_difference(tensors, zoo.layout.tensors)
         if differs:
@@ -80,7 +83,7 @@ def load_anchors(
             )
         networks.append(tensors)
     aligner, tensors = ZooAligner.of_zoo(zoo), stack(networks)
-    return Anchors(tensors if aligner is None else aligner.align_stacked(tensors), list(words))
+    return Anchors(tensors if aligner is None else aligner.align_stacked(tensors), sources)
 
 
 def choose_rows(zoo: Zoo, rule: str, seed: int, conditions: Mapping[str, float] | None = None) -> np.ndarray:

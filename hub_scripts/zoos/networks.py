@@ -59,6 +59,12 @@ def save_in_own_class(folder: Path, module: nn.Module, network: Mapping[str, tor
     return True
 
 
+def set_files(source: str | Path) -> list[Path]:
+    """Files of the networks of a set; empty if the source is something else."""
+    folder = Path(source)
+    return sorted(folder.glob("*.safetensors")) if (folder.parent / NETWORKS_FILE).is_file() else []
+
+
 def load_networks(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read one set: stacked tensors `(networks, *shape)`, and the `networks.json` of the folder above it.
 

@@ -88,6 +88,17 @@ def test_anchors_by_name_and_from_files_are_the_same_networks(zoo, codec, tmp_pa
         torch.testing.assert_close(read.tensors[key], tensor)
 
 
+def test_a_generated_set_can_be_anchors(samples, zoo, codec):
+    folder = samples / "networks" / "joint"
+    anchors = load_anchors(zoo, [str(folder)], codec.tokenizer, 0)
+    files = [str(path) for path in sorted(folder.glob("*.safetensors"))]
+    assert anchors.names == files
+    assert len(files) > 1
+    one_by_one = load_anchors(zoo, files, codec.tokenizer, 0)
+    for name, tensor in anchors.tensors.items():
+        assert torch.equal(tensor, one_by_one.tensors[name])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
