@@ -440,6 +440,7 @@ def finetune(samples: Path, output: Path, sets: list[str], *flags: str) -> dict[
 
 
 SETS = ["laplace", "laplace_refined", "anchors", "noise", "average"]
+MORE_IN_DOMAIN = ["joint_refined", "interpolation_refined"]  # nearer to the training data
 TUNING = [
     "--learning-rates",
     "1e-3",
@@ -469,12 +470,13 @@ def measure_finetune(bench: Bench) -> dict[str, Any]:
         for name, flags in tasks.items():
             settings = [*TUNING, "--epochs", "5", "--seed", str(seed), "--reach", "0.5", "0.7", "0.8", *flags]
             output = bench.folder / f"seed{seed}" / f"finetune-{name}"
-            runs.setdefault(name, {})[str(seed)] = finetune(samples, output, SETS, *settings)
+            sets = SETS + (MORE_IN_DOMAIN if name == "fashion_mnist" else [])
+            runs.setdefault(name, {})[str(seed)] = finetune(samples, output, sets, *settings)
             print(
                 "finetune",
                 name,
                 seed,
-                {key: value for key, value in runs[name][str(seed)].items() if key in SETS},
+                {key: value for key, value in runs[name][str(seed)].items() if key in sets},
                 flush=True,
             )
     return {name: {"runs": found, "mean": mean_of(list(found.values()))} for name, found in runs.items()}

@@ -263,7 +263,7 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a command without the folders of this machine."""
     hidden = ("output_dir", "push_to_hub", "hub_model_id", "hub_private")
     return {
-        key: _public_value(value) if key in ("zoo", "model", "model_name_or_path", "task") else value
+        key: _public_value(value) if key in ("zoo", "model", "model_name_or_path", "task", "anchors") else value
         for key, value in settings.items()
         if key not in hidden
     }

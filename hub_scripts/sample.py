@@ -23,7 +23,7 @@ from hub_scripts.generation.judge import NORMS, TOP, Judge, Judged
 from hub_scripts.generation.refinement import THROUGH, probabilities, refine
 from hub_scripts.generation.target_codec import codec_for
 from hub_scripts.hub import publish_folder
-from hub_scripts.model_cards import networks_card, public_settings
+from hub_scripts.model_cards import networks_card, public_name, public_settings
 from hub_scripts.outputs import new_folder, write_json, write_text
 from hub_scripts.symmetries import cached_symmetries
 from hub_scripts.zoos.networks import save_in_own_class, save_networks
@@ -461,7 +461,7 @@ def _write(folder: Path, sampling: _Sampling, results: dict[str, Any]) -> None:
         "architecture": sampling.architecture,
         "architecture_kwargs": json.dumps(sampling.kwargs),
         "task": args.task or zoo.info["task"],
-        "anchors": sampling.anchors.names,
+        "anchors": [public_name(name) for name in sampling.anchors.names],
         "arguments": public_settings(asdict(args)),
         "sets": {
             name: [
@@ -487,7 +487,7 @@ def _write(folder: Path, sampling: _Sampling, results: dict[str, Any]) -> None:
     generation_plots.curves(sampling.curves, results).savefig(folder / "curves.png")
     write_json(
         folder / "results.json",
-        {"sample": results, "curves": sampling.curves, "anchors": info["anchors"], "arguments": asdict(args)}
+        {"sample": results, "curves": sampling.curves, "anchors": sampling.anchors.names, "arguments": asdict(args)}
         | ({"growth": asdict(sampling.growth)} if sampling.growth else {}),
     )
 

@@ -245,6 +245,14 @@ def test_a_flow_needs_no_anchors_and_is_kept(arguments, tmp_path):
     assert not (tmp_path / "t").exists()
 
 
+def test_what_is_published_names_anchors_without_folders_of_this_machine(samples, arguments, tmp_path):
+    folder = samples / "networks" / "joint"
+    sample(arguments(tmp_path / "s", mode=["joint"], anchors=[str(folder)]))
+    published = [(tmp_path / "s" / "networks" / name).read_text() for name in ("networks.json", "README.md")]
+    assert all("000.safetensors" in text and str(folder.parent) not in text for text in published)
+    assert str(folder / "000.safetensors") in (tmp_path / "s" / "results.json").read_text()
+
+
 def test_networks_at_chance_are_kept_and_the_exit_code_says_so(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(_words(arguments(tmp_path / "s", mode=["joint"], bandwidth=50.0)))
