@@ -6,8 +6,10 @@ import torch
 
 from hub_scripts.codec import Codec, compression
 from hub_scripts.evaluation.baselines import r2_score_masked, token_pca
-from hub_scripts.evaluation.functional import accuracy, agreement, batched_logits
+from hub_scripts.evaluation.functional import accuracy, agreement, batched_logits, condition_norms
 from hub_scripts.zoos.zoo import Zoo
+
+NORM_IMAGES = 2000  # whose running statistics decoded networks get
 
 
 @torch.no_grad()
@@ -20,8 +22,8 @@ def measure_reconstruction(zoo: Zoo, codec: Codec) -> tuple[dict[str, Any], dict
 
     Returns:
         `dict`: `compression` (real weight values per latent value), `r2`, `r2_pca` (the better of a PCA for each token
-        position and one for all, with as many components as a latent has values), `accuracy_original`, `accuracy_decoded`,
-        `agreement` (share of test images with the same prediction); and the tokens of the last checkpoints, `original` and
+        position and one for all, with as many components as a latent has values), `accuracy_original`, `accuracy_decoded`
+        (norms with running statistics of train images: decoded ones do not fit decoded weights), `agreement` (share of test images with the same prediction); and the tokens of the last checkpoints, `original` and
         `decoded`, each `(models, tokens, token_size)`.
     """
     layout, size = codec.layout, codec.model.config.latent_size
@@ -34,9 +36,9 @@ def measure_reconstruction(zoo: Zoo, codec: Codec) -> tuple[dict[str, Any], dict
 
     last = torch.from_numpy(zoo.last_rows("test"))
     images, labels = zoo.whole_task.images["test"], zoo.labels("test", "test", last.numpy())
-    original_logits, decoded_logits = (
-        batched_logits(zoo.module, codec.tensors(t[last]), images) for t in (tokens, decoded)
-    )
+    originals, networks = (codec.tensors(t[last]) for t in (tokens, decoded))
+    networks = condition_norms(zoo.module, networks, zoo.whole_task.images["train"][:NORM_IMAGES])
+    original_logits, decoded_logits = (batched_logits(zoo.module, t, images) for t in (originals, networks))
     figures = {
         "compression": compression([layout], size),
         "r2": r2_score_masked(tokens, decoded, layout.value_mask),

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from hub_scripts.codec import Codec
-from hub_scripts.evaluation.functional import evaluate
+from hub_scripts.evaluation.functional import condition_norms, evaluate
 from hub_scripts.training.parts import Part
 
 MAX_NETWORKS = 64  # whose function is measured: last checkpoints
@@ -31,8 +31,8 @@ class Validation:
         """Scores: means over the parts, and where there are several, `name/part` of each.
 
         Returns:
-            `dict[str, float]`: `r2` over all real values; `accuracy_decoded` and `accuracy_original` on the tasks' validation images,
-            if there are tasks; `effective_rank` of the latents (the exponential of the entropy of their covariance's
+            `dict[str, float]`: `r2` over all real values; `accuracy_decoded` (norms with running statistics of train images: decoded ones do not fit) and
+            `accuracy_original` on the tasks' validation images, if there are tasks; `effective_rank` of the latents (the exponential of the entropy of their covariance's
             eigenvalues, Roy and Vetterli 2007) and `dead_latents`, the share that hardly varies; `r2/<layer>` of each layer,
             if there is one part.
         """
@@ -59,6 +59,7 @@ class _PartValidation:
             self.chosen = last.nonzero().flatten()[:MAX_NETWORKS]
             self.images = part.zoo.whole_task.images["validation"][:MAX_IMAGES]
             self.labels = part.zoo.labels("validation", "validation", rows[self.chosen.numpy()])[..., :MAX_IMAGES]
+            self.norm_images = part.zoo.whole_task.images["train"][:MAX_IMAGES]
             # what the originals can do never changes
             self.hits_original = self._accuracy(self.tokens[self.chosen]) * len(self.chosen)
         mask = codec.layout.value_mask
@@ -88,7 +89,7 @@ class _PartValidation:
         covariance = [flat.T @ flat, flat.sum(0), torch.tensor([float(len(flat))])]
         totals = [sums.flatten(), *(found.flatten().double() for found in covariance)]
         if self.module is not None:
-            hits = self._accuracy(decoded[self.chosen]) * len(self.chosen)
+            hits = self._accuracy(decoded[self.chosen], new_norms=True) * len(self.chosen)
             totals.append(torch.tensor([hits, self.hits_original, len(self.chosen)], dtype=torch.float64))
         joined = torch.cat(totals).to(self.accelerator.device)
         joined = self.accelerator.reduce(joined, "sum").cpu()
@@ -103,12 +104,15 @@ class _PartValidation:
             scores |= {"accuracy_decoded": hits / networks, "accuracy_original": originals / networks}
         return scores
 
-    def _accuracy(self, tokens: torch.Tensor) -> float:
-        """Mean accuracy of networks given as tokens; 0 if this process has none."""
+    def _accuracy(self, tokens: torch.Tensor, new_norms: bool = False) -> float:
+        """Mean accuracy of networks given as tokens, on wish with running statistics of train images; 0 if this process has none."""
         if not len(tokens):
             return 0.0
         self.module.to("cpu")
-        return float(evaluate(self.module, self.codec.tensors(tokens), self.images, self.labels).accuracy.mean())
+        tensors = self.codec.tensors(tokens)
+        if new_norms:
+            tensors = condition_norms(self.module, tensors, self.norm_images)
+        return float(evaluate(self.module, tensors, self.images, self.labels).accuracy.mean())
 
 
 def _r2(sums: torch.Tensor, names: list[str]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from hub_scripts import sample as command
 from hub_scripts.build_zoo import BuildZooArguments, build_zoo
 from hub_scripts.codec import Codec
 from hub_scripts.evaluation.functional import build_module, evaluate
+from hub_scripts.evaluation.reconstruction import measure_reconstruction
 from hub_scripts.generation.anchors import choose_rows, load_anchors
 from hub_scripts.generation.judge import Judge
 from hub_scripts.sample import SampleArguments, sample
@@ -205,6 +206,12 @@ def test_norms_get_the_statistics_of_the_images(tmp_path):
         )
         assert found[norms]["unseen"]["nearest_train_distance"] > 0
     assert found["data"]["joint"]["accuracy_mean"] > found["none"]["joint"]["accuracy_mean"]
+    opened = Zoo(zoo)
+    figures, tokens = measure_reconstruction(opened, Codec.from_pretrained(model, opened.layout))
+    assert figures["accuracy_decoded"] > evaluate(
+        opened.module, Codec.from_pretrained(model, opened.layout).tensors(tokens["decoded"]), opened.task.images["test"],
+        opened.task.labels["test"],
+    ).accuracy.mean()  # fmt: skip
 
 
 def test_networks_of_another_architecture(arguments, tmp_path):
