@@ -74,7 +74,7 @@ class SampleArguments:
         metadata={
             "help": "Gradient steps that bring the latents of each anchor to where its decoded network says what the anchor says on "
             f"images of the task (no labels); 0 takes the encoder's. Default {ANCHOR_STEPS} for networks of up to {MOST_FITTED:,} "
-            "weights, else 0: each step decodes every anchor."
+            "weights, else 0 (each step decodes every anchor), and 0 where only flows draw."
         },
     )
     mode: list[str] = field(
@@ -273,7 +273,8 @@ class _Sampling:
                 "diverged, or its weights are damaged. Train it again or take another one."
             )
         if args.anchor_steps is None:
-            args.anchor_steps = ANCHOR_STEPS if self.codec.layout.num_parameters <= MOST_FITTED else 0
+            is_small, needs_anchors = self.codec.layout.num_parameters <= MOST_FITTED, set(args.mode) - set(FLOWS)
+            args.anchor_steps = ANCHOR_STEPS if is_small and needs_anchors else 0
         self.latents = self._fit_anchors() if args.anchor_steps else self.encoded
         self.sets: dict[str, Judged] = {}
         self.curves: dict[str, list[dict[str, float]]] = {}
