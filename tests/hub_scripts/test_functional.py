@@ -322,6 +322,7 @@ def test_a_class_of_transformers_is_built_through_its_configuration(images):
         ("no_such_package_here:Net", {}, "cannot be imported"),
         ("torch.nn:NoSuchLayer", {}, "has no NoSuchLayer"),
         ("torch.nn:Linear", {"size": 2}, "does not accept"),
+        ("hub_scripts.zoos.architectures:ModelZooCNN", {"channels": [3]}, "does not accept .*zip"),
     ],
 )
 def test_names_that_are_no_architecture_are_refused(architecture, kwargs, message):
