@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from hub_scripts.embed import read_network, stack
+from hub_scripts.evaluation.baselines import nearest_distances
 from hub_scripts.generation.conditions import nearest_rows
 from hub_scripts.zoos.alignment import ZooAligner
 from hub_scripts.zoos.networks import set_files
@@ -16,6 +17,7 @@ from tokenization_sane import SaneWeightTokenizer
 
 RULE = re.compile(r"(top|random|near):([1-9]\d*)|ids:(.+)")
 SYNTAX = "top:N, random:N, near:N, ids:NAME,NAME, or checkpoints: files, folders, sets of generated networks or Hub repositories"
+TRAIN_NETWORKS_AT_ONCE = 64  # in memory, when the order of other networks is looked for
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,30 @@ def load_anchors(
                 "architecture; a set of another one is mapped with --target-architecture."
             )
         networks.append(tensors)
-    aligner, tensors = ZooAligner.of_zoo(zoo), stack(networks)
-    return Anchors(tensors if aligner is None else aligner.align_stacked(tensors), sources)
+    return Anchors(_in_order_of(zoo, stack(networks)), sources)
+
+
+def _in_order_of(zoo: Zoo, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each network aligned to the zoo, or as it stands if that is nearer to a train network.
+
+    A noisy copy of a train network that stands in the zoo's order, as a generated one does, can match the reference in another
+    order than the train network itself.
+    """
+    aligner = ZooAligner.of_zoo(zoo)
+    if aligner is None:
+        return tensors
+    ways = [aligner.align_stacked(tensors), tensors]
+    flats = [torch.cat([way[name].flatten(1) for name in tensors], dim=1) for way in ways]
+    nearest = np.full((2, len(flats[0])), np.inf)
+    for rows in np.array_split(zoo.last_rows("train"), -(-len(zoo.last_rows("train")) // TRAIN_NETWORKS_AT_ONCE)):
+        train = zoo.stacked("train", rows)
+        block = torch.cat([train[name].flatten(1).float() for name in tensors], dim=1)
+        nearest = np.minimum(nearest, [nearest_distances(flat, block) for flat in flats])
+    stays = torch.from_numpy(nearest[1] < nearest[0])
+    return {
+        name: torch.where(stays.view(-1, *[1] * (tensor.dim() - 1)), tensor, ways[0][name])
+        for name, tensor in tensors.items()
+    }
 
 
 def choose_rows(zoo: Zoo, rule: str, seed: int, conditions: Mapping[str, float] | None = None) -> np.ndarray:

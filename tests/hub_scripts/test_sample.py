@@ -89,6 +89,24 @@ def test_anchors_by_name_and_from_files_are_the_same_networks(zoo, codec, tmp_pa
         torch.testing.assert_close(read.tensors[key], tensor)
 
 
+def test_anchors_that_stand_in_the_order_of_the_zoo_stay_there(zoo, codec, tmp_path, monkeypatch):
+    """Matching a noisy copy of a train network with the reference may end in another order than that network has."""
+    networks = zoo.stacked("train", zoo.last_rows("train")[:3])
+    spec = zoo.symmetries.of_kind("permutation")
+    element = spec.draw(torch.Generator().manual_seed(1))
+    monkeypatch.setattr(
+        "hub_scripts.zoos.alignment.ZooAligner.align_stacked",
+        lambda self, tensors: {k: torch.stack([spec.apply({n: t[i] for n, t in tensors.items()}, element)[k] for i in range(3)])
+                               for k in tensors},
+    )  # fmt: skip
+    noisy = {name: tensor + 0.01 * torch.randn(tensor.shape) for name, tensor in networks.items()}
+    for i in range(3):
+        save_file({name: tensor[i].contiguous() for name, tensor in noisy.items()}, tmp_path / f"{i}.safetensors")
+    read = load_anchors(zoo, [str(tmp_path / f"{i}.safetensors") for i in range(3)], codec.tokenizer, 0)
+    for name, tensor in noisy.items():
+        torch.testing.assert_close(read.tensors[name], tensor)
+
+
 def test_a_generated_set_can_be_anchors(samples, zoo, codec):
     folder = samples / "networks" / "joint"
     anchors = load_anchors(zoo, [str(folder)], codec.tokenizer, 0)
