@@ -256,11 +256,8 @@ def _behaviour_table(found: dict) -> list[str]:
     ]
     for weight, by_steps in found.items():
         for steps, run in by_steps.items():
-            for name in (
-                "laplace",
-                "joint",
-                "fitted_anchors" if "fitted_anchors" in run["sample"] else "decoded_anchors",
-            ):
+            decoded = "fitted_anchors" if "fitted_anchors" in run["sample"] else "decoded_anchors"
+            for name in ("laplace", "joint", decoded):
                 one = run["sample"][name]
                 cells = f"{one['accuracy_mean']:.3f} | {one['accuracy_kept']:.3f} | {_as_a_set([one])}"
                 lines.append(f"| {weight} | {steps} | {name.replace('_', ' ')} | {cells} |")

@@ -57,10 +57,8 @@ def build_module(architecture: str, kwargs: Mapping[str, Any] | None = None, tru
     try:
         config_class = getattr(target, "config_class", None)  # of transformers' models
         module = target(config_class(**kwargs)) if config_class is not None else target(**kwargs)
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # its own words may say little: "zip() argument 2 is longer than argument 1"
+    except (TypeError, ValueError) as error:
+        # its own words may say little: "zip() argument 2 is longer than argument 1"
         raise ValueError(f"{architecture} does not accept {kwargs}: {error}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{architecture} returned a {type(module).__name__}, expected an nn.Module.")

@@ -23,8 +23,9 @@ def measure_reconstruction(zoo: Zoo, codec: Codec) -> tuple[dict[str, Any], dict
     Returns:
         `dict`: `compression` (real weight values per latent value), `r2`, `r2_pca` (the better of a PCA for each token
         position and one for all, with as many components as a latent has values), `accuracy_original`, `accuracy_decoded`
-        (norms with running statistics of train images: decoded ones do not fit decoded weights), `agreement` (share of test images with the same prediction); and the tokens of the last checkpoints, `original` and
-        `decoded`, each `(models, tokens, token_size)`.
+        (norms with running statistics of train images: decoded ones do not fit decoded weights), `agreement` (share of test
+        images with the same prediction); and the tokens of the last checkpoints, `original` and `decoded`, each
+        `(models, tokens, token_size)`.
     """
     layout, size = codec.layout, codec.model.config.latent_size
     tokens = codec.tokens(zoo.stacked("test"))

@@ -99,8 +99,9 @@ def _in_order_of(zoo: Zoo, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
     ways = [aligner.align_stacked(tensors), tensors]
     flats = [torch.cat([way[name].flatten(1) for name in tensors], dim=1) for way in ways]
     nearest = np.full((2, len(flats[0])), np.inf)
-    for rows in np.array_split(zoo.last_rows("train"), -(-len(zoo.last_rows("train")) // TRAIN_NETWORKS_AT_ONCE)):
-        train = zoo.stacked("train", rows)
+    last = zoo.last_rows("train")
+    for start in range(0, len(last), TRAIN_NETWORKS_AT_ONCE):
+        train = zoo.stacked("train", last[start : start + TRAIN_NETWORKS_AT_ONCE])
         block = torch.cat([train[name].flatten(1).float() for name in tensors], dim=1)
         nearest = np.minimum(nearest, [nearest_distances(flat, block) for flat in flats])
     stays = torch.from_numpy(nearest[1] < nearest[0])

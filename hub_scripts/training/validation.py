@@ -31,10 +31,10 @@ class Validation:
         """Scores: means over the parts, and where there are several, `name/part` of each.
 
         Returns:
-            `dict[str, float]`: `r2` over all real values; `accuracy_decoded` (norms with running statistics of train images: decoded ones do not fit) and
-            `accuracy_original` on the tasks' validation images, if there are tasks; `effective_rank` of the latents (the exponential of the entropy of their covariance's
-            eigenvalues, Roy and Vetterli 2007) and `dead_latents`, the share that hardly varies; `r2/<layer>` of each layer,
-            if there is one part.
+            `dict[str, float]`: `r2` over all real values; `accuracy_decoded` (norms with running statistics of train images:
+            decoded ones do not fit) and `accuracy_original` on the tasks' validation images, if there are tasks;
+            `effective_rank` of the latents (the exponential of the entropy of their covariance's eigenvalues, Roy and
+            Vetterli 2007) and `dead_latents`, the share that hardly varies; `r2/<layer>` of each layer, if there is one part.
         """
         model.eval()
         found = {part.name: part() for part in self._parts}

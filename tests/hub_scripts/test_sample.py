@@ -225,11 +225,10 @@ def test_norms_get_the_statistics_of_the_images(tmp_path):
         assert found[norms]["unseen"]["nearest_train_distance"] > 0
     assert found["data"]["joint"]["accuracy_mean"] > found["none"]["joint"]["accuracy_mean"]
     opened = Zoo(zoo)
-    figures, tokens = measure_reconstruction(opened, Codec.from_pretrained(model, opened.layout))
-    assert figures["accuracy_decoded"] > evaluate(
-        opened.module, Codec.from_pretrained(model, opened.layout).tensors(tokens["decoded"]), opened.task.images["test"],
-        opened.task.labels["test"],
-    ).accuracy.mean()  # fmt: skip
+    codec, test = Codec.from_pretrained(model, opened.layout), (opened.task.images["test"], opened.task.labels["test"])
+    figures, tokens = measure_reconstruction(opened, codec)
+    as_decoded = evaluate(opened.module, codec.tensors(tokens["decoded"]), *test).accuracy.mean()
+    assert figures["accuracy_decoded"] > as_decoded
 
 
 def test_networks_of_another_architecture(arguments, tmp_path):
